@@ -1,0 +1,73 @@
+"""What is asked in a run, in order: evaluation before, the method's training rounds, evaluation after.
+
+A pure step function over a state that can be saved: the coordinator saves it after every sum.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from fedsecure.config import RunSettings
+from fedsecure.messages import Aggregate
+from fedsecure.methods.agenda import evaluates
+from fedsecure.methods.base import Ask, Method, ServerState
+from fedsecure.methods.cohorts import cohort_of
+
+STAGES = ("before", "training", "after", "done")
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Where a run stands: the stage, the method's own state, and the evaluation sums so far."""
+
+    stage: str
+    state: ServerState
+    evaluations: Mapping[str, Mapping[str, Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """The questions of one run."""
+
+    settings: RunSettings
+    method: Method
+    evaluate: Method
+
+    def start(self) -> Progress:
+        _, cohort = cohort_of(self.settings, trainers_only=True)
+        state = self.method.start(self.settings, cohort)
+        return self._skip(Progress("before", state, {}))
+
+    def ask(self, progress: Progress) -> Ask | None:
+        """The next question, or None when the run is over."""
+        if progress.stage == "done":
+            return None
+        if progress.stage == "training":
+            _, cohort = cohort_of(self.settings, trainers_only=True)
+            return self.method.ask(self.settings, cohort, progress.state)
+        _, cohort = cohort_of(self.settings, trainers_only=False)
+        return self.evaluate.ask(self.settings, cohort, progress.state)
+
+    def absorb(self, progress: Progress, aggregate: Aggregate) -> Progress:
+        """The progress after the sum of the question just asked."""
+        if progress.stage == "training":
+            _, cohort = cohort_of(self.settings, trainers_only=True)
+            state = self.method.absorb(self.settings, cohort, progress.state, aggregate)
+            return self._skip(replace(progress, state=state))
+        _, cohort = cohort_of(self.settings, trainers_only=False)
+        counted = self.evaluate.absorb(self.settings, cohort, progress.state, aggregate)
+        evaluations = {**progress.evaluations, progress.stage: dict(counted.facts)}
+        following = STAGES[STAGES.index(progress.stage) + 1]
+        return self._skip(replace(progress, stage=following, evaluations=evaluations))
+
+    def _skip(self, progress: Progress) -> Progress:
+        """Passes over stages that have nothing to ask."""
+        if progress.stage in ("before", "after"):
+            if not evaluates(self.settings, progress.stage):
+                progress = replace(progress, stage=STAGES[STAGES.index(progress.stage) + 1])
+                return self._skip(progress)
+        elif progress.stage == "training" and self.ask(progress) is None:
+            return self._skip(replace(progress, stage="after"))
+        return progress

@@ -1,0 +1,415 @@
+"""The ``fedsecure`` command: parse, call, print. What a command needs is imported when it runs."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+import typer.core
+
+from fedsecure.errors import FedsecureError
+
+app = typer.Typer(
+    name="fedsecure",
+    help="Hospitals fine-tune CLIP together through secure, private sums. Nothing else leaves a site.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+budget = typer.Typer(help="What has been spent of each data set's privacy budget.", no_args_is_help=True)
+app.add_typer(budget, name="budget")
+transcript = typer.Typer(help="Recorded rounds.", no_args_is_help=True)
+app.add_typer(transcript, name="transcript")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")]
+Engine = Literal["auto", "opacus", "closed-form"]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No live display: plain lines on stderr.")]
+
+
+def main() -> None:
+    """Entry point: a failure made on purpose is one clear message and exit status 1."""
+    try:
+        app(prog_name="fedsecure")
+    except FedsecureError as error:
+        from fedsecure.cli.display import show_error
+
+        show_error(error)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from fedsecure import __version__
+
+        typer.echo(f"fedsecure {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None: ...
+
+
+@app.command()
+def demo(
+    adapter: Annotated[str, typer.Option(help="linear or facmic.")] = "linear",
+    sites: Annotated[int, typer.Option(help="Training sites, at least 3, where the data does not say.")] = 3,
+    rounds: Annotated[int | None, typer.Option(help="Training rounds; 20, or 60 for facmic, by default.")] = None,
+    local_steps: Annotated[int, typer.Option(help="Steps a site takes a round, with --noise local.")] = 1,
+    noise: Annotated[Literal["distributed", "local"], typer.Option(help="Where the noise is added.")] = "distributed",
+    epsilon: Annotated[float, typer.Option(help="Privacy budget ε of the whole run, per site.")] = 8.0,
+    delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-5,
+    sampling_rate: Annotated[float, typer.Option(help="1: full batch; less: Poisson sampling.")] = 1.0,
+    data: Annotated[
+        Path | None, typer.Option(help="Your images: DIR/<site>/<class>/*.{jpg,png}. They never leave this machine.")
+    ] = None,
+    features: Annotated[Path | None, typer.Option(help="Precomputed features, .npz (docs/datasets.md).")] = None,
+    eval_site: Annotated[str | None, typer.Option(help="A site folder of --data that only evaluates.")] = None,
+    public_eval: Annotated[
+        bool | None,
+        typer.Option(
+            "--public-eval/--private-eval",
+            help="Evaluation sets are declared public and counted exactly, or noised and charged. "
+            "Default: public for generated and feature files, private for --data.",
+        ),
+    ] = None,
+    model: Annotated[str, typer.Option(help="An open_clip model, or the bundled one.")] = "fedsecure-tiny",
+    pretrained: Annotated[str, typer.Option(help="An open_clip tag or a local weights file.")] = "bundled",
+    engine: Annotated[
+        Literal["auto", "opacus", "closed-form"], typer.Option(help="Where clipped sums come from.")
+    ] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    colluders: Annotated[int | None, typer.Option(help="Colluding sites the sum withstands, at least 1.")] = None,
+    min_survivors: Annotated[int | None, typer.Option(help="Fewest sites in a sum, at least 3.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the generated scans; never of the noise.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for report, adapter and logs; replaced.")] = Path("fedsecure-demo"),
+    as_json: Json = False,
+) -> None:
+    """Run a whole federation on this machine. The aggregator and every site are processes of their own."""
+    from fedsecure.cli.display import print_json, show_demo
+    from fedsecure.cli.progress import demo_progress
+    from fedsecure.simulation.demo import DemoOptions, run_demo
+
+    options = DemoOptions(
+        out=out,
+        adapter=adapter,
+        sites=sites,
+        rounds=rounds,
+        local_steps=local_steps,
+        noise=noise,
+        epsilon=epsilon,
+        delta=delta,
+        sampling_rate=sampling_rate,
+        data=data,
+        features=features,
+        eval_site=eval_site,
+        public_evaluation=public_eval,
+        model=model,
+        pretrained=pretrained,
+        engine=engine,
+        device=device,
+        colluders=colluders,
+        min_survivors=min_survivors,
+        seed=seed,
+    )
+    # Told to stop, it must end its processes first; the default handler would leave them to themselves.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    with demo_progress(live=not as_json) as watch:
+        result = run_demo(options, watch=watch)
+    if as_json:
+        print_json(result.summary)
+    else:
+        show_demo(result)
+
+
+@app.command()
+def serve(
+    config: Annotated[Path, typer.Option(help="federation.toml")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Run the aggregator of one run, until it ends."""
+    from fedsecure.aggregator.program import serve as run
+    from fedsecure.cli.display import print_json, set_up_logging, show_outcome
+    from fedsecure.cli.progress import serve_progress
+    from fedsecure.config import FederationConfig, load
+
+    set_up_logging()
+    loaded = load(config, FederationConfig)
+    with serve_progress(live=not (quiet or as_json)) as (announce, watch):
+        outcome = run(loaded, announce=announce, watch=watch)
+    if as_json:
+        print_json(outcome)
+    else:
+        show_outcome(outcome)
+
+
+@app.command()
+def join(
+    config: Annotated[Path, typer.Option(help="site.toml")],
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Take part in a run with this site's data, until it ends."""
+    from fedsecure.cli.display import print_json, set_up_logging, show_plan, show_site_report
+    from fedsecure.cli.progress import join_progress
+    from fedsecure.client import Client
+
+    set_up_logging()
+    with join_progress(live=not (quiet or as_json)) as watch, Client.from_config(config, progress=watch) as client:
+        if not as_json:
+            show_plan(client.plan)
+        client.run()
+        report = client.privacy_report()
+    if as_json:
+        print_json(report)
+    else:
+        show_site_report(report, folder=client.config.state / "runs" / client.run_id.hex())
+
+
+@app.command()
+def init(
+    folder: Annotated[Path, typer.Argument(help="New folder for the federation.")],
+    settings: Annotated[Path, typer.Option(help="TOML with the run's public settings (docs/configuration.md).")],
+    listen: Annotated[str, typer.Option(help="host:port the aggregator listens on.")] = "127.0.0.1:8443",
+    host: Annotated[
+        list[str] | None, typer.Option(help="Name or address of the aggregator's certificate; may be repeated.")
+    ] = None,
+) -> None:
+    """Make a trial federation. Certificates, keys and configuration files of all members in one place."""
+    from fedsecure.cli.display import show_layout
+    from fedsecure.simulation.scaffold import initialise
+
+    show_layout(initialise(folder, settings, listen=listen, hosts=tuple(host or ("127.0.0.1", "localhost"))))
+
+
+@app.command()
+def predict(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    adapter: Annotated[Path, typer.Option(help="adapter.safetensors")],
+    weights: Annotated[Path | None, typer.Option(help="Local weights of the encoder.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Classify images with a trained adapter."""
+    from fedsecure.cli.display import print_json, show_predictions
+    from fedsecure.learning.inference import predict_images
+
+    rows = predict_images(adapter, images, weights=weights, device=device)
+    if as_json:
+        print_json({"predictions": rows})
+    else:
+        show_predictions(rows)
+
+
+@app.command()
+def evaluate(
+    adapter: Annotated[Path, typer.Option(help="adapter.safetensors")],
+    data: Annotated[Path, typer.Option(help="Class folders, a manifest .csv or a feature file .npz.")],
+    split: Annotated[str | None, typer.Option(help="Split of a feature file or manifest.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local weights of the encoder.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Json = False,
+) -> None:
+    """Measure an adapter on local records. The figures are exact and not private: keep them inside."""
+    from fedsecure.cli.display import print_json, show_evaluation
+    from fedsecure.learning.inference import evaluate_dataset
+
+    result = evaluate_dataset(adapter, data, split=split, weights=weights, device=device)
+    if as_json:
+        print_json(result)
+    else:
+        show_evaluation(result)
+
+
+class _PageFirst(typer.core.TyperGroup):
+    """``fedsecure report FILE`` is short for ``fedsecure report page FILE``."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        return super().resolve_command(ctx, args if args[0] in self.commands else ["page", *args])
+
+
+report = typer.Typer(cls=_PageFirst, help="A privacy report as a page, or checked.", no_args_is_help=True)
+app.add_typer(report, name="report")
+ReportFile = Annotated[Path, typer.Argument(help="privacy-report.json of a site, or report.json of a federation.")]
+
+
+@report.command("page")
+def report_page(
+    file: ReportFile,
+    html: Annotated[Path, typer.Option(help="The page to write.")] = Path("privacy-report.html"),
+) -> None:
+    """Make a self-contained HTML page of a privacy report."""
+    from fedsecure.privacy.report_html import load_report, write_html
+
+    write_html(load_report(file), html)
+    typer.echo(str(html))
+
+
+@report.command("verify")
+def report_verify(
+    file: ReportFile,
+    roster: Annotated[Path | None, typer.Option(help="roster.json; without it signatures are not checked.")] = None,
+    coordinator: Annotated[Path | None, typer.Option(help="coordinator.pub; beside the roster by default.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compute every figure of a report again from its events, and check its sites' signatures."""
+    from dataclasses import asdict
+
+    from fedsecure.cli.display import print_json
+    from fedsecure.identity import keys
+    from fedsecure.identity.roster import Roster
+    from fedsecure.privacy.report_html import load_report
+    from fedsecure.privacy.report_verify import PURPOSE, verify_report
+
+    public: dict[str, bytes] = {}
+    if roster is not None:
+        known = Roster.load(roster, keys.load_public_key(coordinator or roster.with_name("coordinator.pub")))
+        public = {entry.site: entry.identity_key for entry in known.entries}
+
+    def holds(site: str, body: bytes, signature: bytes) -> bool:
+        return site in public and keys.verify(public[site], PURPOSE, body, signature)
+
+    verdict = verify_report(load_report(file), verify=holds if roster is not None else None)
+    if as_json:
+        print_json(asdict(verdict) | {"ok": verdict.ok, "consistent": verdict.consistent})
+    else:
+        typer.echo(f"{verdict.figures} figures computed again, {len(verdict.findings)} differ")
+        for line in [*verdict.findings, *(f"{site}: signature {what}" for site, what in verdict.signatures.items())]:
+            typer.echo(line)
+    raise typer.Exit(0 if (verdict.ok if roster is not None else verdict.consistent) else 1)
+
+
+@budget.command("show")
+def budget_show(
+    ledger: Annotated[Path, typer.Option(help="The site's ledger file.")],
+    delta: Annotated[float, typer.Option(help="δ at which ε is computed.")] = 1e-5,
+    as_json: Json = False,
+) -> None:
+    """Spent ε of every data set, recomputed from the recorded events."""
+    from fedsecure.cli.display import print_json, show_budget
+    from fedsecure.privacy.ledger import Ledger
+
+    with Ledger.open_existing(ledger) as opened:
+        rows = opened.summary(delta=delta)
+    if as_json:
+        print_json({"delta": delta, "datasets": rows})
+    else:
+        show_budget(rows, delta=delta)
+
+
+@budget.command("history")
+def budget_history(
+    ledger: Annotated[Path, typer.Option(help="The site's ledger file.")],
+    dataset: Annotated[str | None, typer.Option(help="Of this data set only.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Every charge of a ledger: which run, round and attempt, and what became of it."""
+    from fedsecure.cli.display import print_json, show_history
+    from fedsecure.privacy.ledger import Ledger
+
+    with Ledger.open_existing(ledger) as opened:
+        entries = [entry for entry in opened.history(dataset) if entry.state == "RESERVED"]
+    fields = ("dataset", "population", "run", "round", "attempt", "utc", "reservation")
+    rows = [{**{name: getattr(entry, name) for name in fields}, "state": entry.final} for entry in entries]
+    if as_json:
+        print_json({"charges": rows})
+    else:
+        show_history(rows)
+
+
+@budget.command("set")
+def budget_set(
+    dataset: Annotated[str, typer.Argument(help="Name of the data set in the site's file.")],
+    ledger: Annotated[Path, typer.Option(help="The site's ledger file.")],
+    epsilon: Annotated[float, typer.Option(help="Largest ε over all runs.")],
+    reason: Annotated[str, typer.Option(help="Why; kept in the ledger for good.")],
+    delta: Annotated[float, typer.Option(help="δ at which the limit holds.")] = 1e-5,
+    population: Annotated[Literal["train", "evaluation"], typer.Option(help="Whose units.")] = "train",
+) -> None:
+    """Record an officer's limit; the smaller of it and the site's policy decides."""
+    from fedsecure.privacy.budget import set_limit
+
+    set_limit(ledger, dataset, population=population, epsilon=epsilon, delta=delta, reason=reason)
+    typer.echo(f"{population} units of {dataset}: at most ε = {epsilon:g} at δ = {delta:g}")
+
+
+@budget.command("verify")
+def budget_verify(
+    ledger: Annotated[Path, typer.Option(help="The site's ledger file.")],
+    head: Annotated[str | None, typer.Option(help="rows:hash noted earlier; the ledger must still hold it.")] = None,
+    renew: Annotated[bool, typer.Option(help="Write a lost .head file anew; needs --head.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Check the ledger's chain, and that it is no older copy."""
+    from fedsecure.cli.display import print_json
+    from fedsecure.privacy.budget import verify
+
+    found = verify(ledger, head=head, renew=renew)
+    if as_json:
+        print_json(found)
+    else:
+        typer.echo(f"{found['rows']} rows, unbroken; head {found['head']}")
+
+
+@transcript.command("verify")
+def transcript_verify(
+    file: Annotated[Path, typer.Argument(help="A recorded round.")],
+    as_json: Json = False,
+) -> None:
+    """Check every signature, context, commitment and hash of a recorded round, and name who broke a rule."""
+    from fedsecure.cli.display import print_json
+    from fedsecure.secagg.verify import verify_transcript
+
+    verdict = verify_transcript(file)
+    if as_json:
+        print_json(verdict.to_dict())
+    else:
+        typer.echo("\n".join(verdict.lines()))
+    raise typer.Exit(0 if verdict.ok else 1)
+
+
+@app.command()
+def audit(
+    features: Annotated[Path | None, typer.Option(help="Feature file, .npz; generated features by default.")] = None,
+    adapter: Annotated[Literal["linear", "facmic"], typer.Option(help="What is trained.")] = "linear",
+    noise: Annotated[Literal["distributed", "local"], typer.Option(help="Where the noise is added.")] = "distributed",
+    unit: Annotated[Literal["patient", "record"], typer.Option(help="Whom the claim is about.")] = "record",
+    engine: Annotated[Engine, typer.Option(help="Where clipped sums come from.")] = "auto",
+    epsilon: Annotated[float, typer.Option(help="The claim to test.")] = 2.0,
+    delta: Annotated[float, typer.Option(help="δ of the claim.")] = 1e-5,
+    sampling_rate: Annotated[float, typer.Option(help="1: full batch; less: Poisson sampling.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Time to aim for.")] = 45.0,
+    membership: Annotated[bool, typer.Option(help="Also attack membership, for the report.")] = True,
+    as_json: Json = False,
+) -> None:
+    """Try to refute the proven ε: replay, canaries, membership attack."""
+    from fedsecure.cli.display import print_json, show_audit
+    from fedsecure.learning.audit_run import run_audit
+
+    result = run_audit(
+        features=features,
+        adapter=adapter,
+        noise=noise,
+        unit=unit,
+        engine=engine,
+        epsilon=epsilon,
+        delta=delta,
+        sampling_rate=sampling_rate,
+        seconds=seconds,
+        membership=membership,
+    )
+    if as_json:
+        print_json(result.to_dict())
+    else:
+        show_audit(result)
+    raise typer.Exit(0 if result.passed else 1)

@@ -1,0 +1,254 @@
+"""What people see: tables of results on stdout, and one clear message for each failure on stderr. Waiting is shown by
+:mod:`fedsecure.cli.progress`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from fedsecure.errors import FedsecureError
+
+if TYPE_CHECKING:
+    from fedsecure.privacy.audit import AuditResult
+    from fedsecure.privacy.plan import PrivacyPlan
+    from fedsecure.simulation.demo import DemoResult
+    from fedsecure.simulation.scaffold import Layout
+
+out = Console()
+err = Console(stderr=True)
+
+
+def print_json(value: Any) -> None:
+    sys.stdout.write(json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def show_error(error: FedsecureError) -> None:
+    """Code and finding, expectation, cure: three lines."""
+    text = Text.assemble((error.code, "bold red"), " ", error.found, "\n  expected: ", error.expected)
+    text.append(f"\n  cure:     {error.cure}\n  see docs/errors.md#{error.code.lower()}", style="dim")
+    err.print(text, soft_wrap=True)
+
+
+def set_up_logging() -> None:
+    """Plain lines on stderr; never a tensor, a count or a secret."""
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+
+
+def _table(title: str | None, *columns: str) -> Table:
+    """Names at the left, which fold where they are too long; numbers aligned at the right, never broken."""
+    table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
+    table.pad_edge = False
+    table.add_column(columns[0], overflow="fold")
+    for column in columns[1:]:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+    """Labels and values, side by side."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    for label, value in rows:
+        table.add_row(label, value)
+    return table
+
+
+def _say(text: str, **style: Any) -> None:
+    """A line of the result, whole: paths are never broken."""
+    out.print(text, highlight=False, soft_wrap=True, markup=False, **style)
+
+
+def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Aligned columns, each row one line however long its last cell is."""
+    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header) - 1)] + [0]
+    for row in (header, *rows):
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        _say(line, style="bold" if row is header else "")
+
+
+def _short(path: Path) -> Path:
+    """A path as seen from here, where it is below."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def _percent(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def _epsilon(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def show_demo(result: DemoResult) -> None:
+    """The tables a demo ends with."""
+    summary = result.summary
+    scores = _table("Global accuracy", "", "zero-shot", "trained")
+    for label, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy")):
+        scores.add_row(label, _percent(summary[key]["before"]), _percent(summary[key]["after"]))
+    out.print(scores)
+    sites = _table("Sites", "site", f"ε at δ = {summary['delta']:g}", "evaluation ε", "sent", "received")
+    for site in summary["sites"]:
+        if site in summary["lost_sites"]:
+            sites.add_row(site, "lost on the way", "–", "–", "–")
+            continue
+        spent, evaluated = summary["epsilon"].get(site), summary["epsilon_evaluation"].get(site)
+        public = "public" if summary["evaluation_public"] else "–"
+        sites.add_row(
+            site,
+            "only evaluates" if spent is None else _epsilon(spent),
+            public if evaluated is None else _epsilon(evaluated),
+            _size(summary["bytes_up"][site]),
+            _size(summary["bytes_down"][site]),
+        )
+    out.print(sites)
+    secagg, attempts = summary["secagg"], summary["attempts"]
+    aborted = sum("aborted" in record for record in attempts)
+    kind = {"phantoms": "generated, synthetic scans", "images": "your images", "features": "precomputed features"}
+    rows = [
+        ("data", kind[summary["source"]]),
+        ("privacy unit", f"{summary['unit']}: this data names no patients, so each one is protected by itself"),
+        ("training", f"{summary['adapter']} adapter, {summary['rounds']} rounds, {summary['engine']} engine"),
+        ("noise", "whole at each site" if summary["noise"] == "local" else "shared by the sites, inside the sums"),
+        ("secure sums", f"{len(attempts) - aborted}" + (f", and {aborted} aborted" if aborted else "")),
+        (
+            "holds against",
+            f"a malicious aggregator and {secagg['colluders']} colluding site(s); "
+            f"no sum of fewer than {secagg['min_survivors']} sites",
+        ),
+        ("processes", f"{summary['processes']}, {summary['wall_seconds']:.1f} s"),
+    ]
+    out.print(_facts("Run", rows))
+    out.print()
+    _say(f"privacy report  {summary['page']}")
+    _say(f"                {summary['report']}")
+    _say(f"adapter         {summary['adapter_file']}")
+
+
+def show_outcome(outcome: Mapping[str, Any]) -> None:
+    """What the aggregator learned."""
+    table = _table(f"Run {outcome['run'][:8]}: {outcome['rounds']} rounds", "", "accuracy", "balanced")
+    for stage, facts in outcome["evaluations"].items():
+        table.add_row(stage, _percent(facts["accuracy"]), _percent(facts["balanced_accuracy"]))
+    if outcome["evaluations"]:
+        out.print(table)
+    aborted = [record for record in outcome["attempts"] if "aborted" in record]
+    _say(f"{len(outcome['attempts']) - len(aborted)} secure sums, {len(aborted)} aborted attempts")
+    for record in aborted:
+        _say(f"  round {record['round']} attempt {record['attempt']}: {record['aborted']}")
+
+
+def show_plan(plan: PrivacyPlan) -> None:
+    """The plan, before any record is read."""
+    err.print(_facts("Privacy plan of this run", plan.table()))
+
+
+def show_site_report(report: Mapping[str, Any], *, folder: Path) -> None:
+    """A site's own figures at the end of a run, and where its files are."""
+    delta = f"δ = {report['delta']:g}"
+    rows = [("privacy unit", report["unit"])]
+    for population, label in (("train", "training"), ("evaluation", "evaluation")):
+        if held := report["budgets"].get(population):
+            own, every = held["this_run"]["epsilon"], held["all_runs"]["epsilon"]
+            rows.append((f"{label} ε of this run", f"{_epsilon(own)} at {delta}"))
+            if held["runs"] > 1:
+                rows.append((f"{label} ε of all {held['runs']} runs", f"{_epsilon(every)} at {delta}"))
+    if measured := report["accuracy"]:
+        shown = [
+            f"{_percent(measured[stage]['accuracy'])} {stage}" for stage in ("before", "after") if measured.get(stage)
+        ]
+        rows.append(("global accuracy", ", ".join(shown) or "–"))
+    if report["stamp"]:
+        rows.append(("stamp", report["stamp"]))
+    out.print(_facts(f"Site {report['site']}", rows))
+    out.print()
+    _say(f"privacy-report.json and adapter.safetensors are in {_short(folder)}")
+
+
+def show_layout(layout: Layout) -> None:
+    """Where a new federation's files are, and the next commands."""
+    _say("Put each site's records where its site.toml says, then start, each in its own terminal:")
+    _say(f"  fedsecure serve --config {layout.federation}")
+    for file in layout.sites.values():
+        _say(f"  fedsecure join --config {file}")
+    _say(
+        "For trials only: every private key was made here. Give each site its own folder, and no other.", style="yellow"
+    )
+
+
+def show_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line an image, its path last."""
+    _lines(
+        ("class", "probability", "image"), [(r["class"], f"{r['probability']:11.3f}", str(r["image"])) for r in rows]
+    )
+
+
+def show_evaluation(result: Mapping[str, Any]) -> None:
+    table = _table(f"{result['records']} records", "", "zero-shot", "adapter")
+    for label, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy")):
+        table.add_row(label, _percent(result["zero_shot"][key]), _percent(result["adapter"][key]))
+    table.add_section()
+    for name, before, after in result["per_class"]:
+        table.add_row(Text(f"recall of {name}"), _percent(before), _percent(after))
+    out.print(table)
+
+
+def show_budget(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
+    if not rows:
+        _say("nothing has been charged")
+        return
+    table = _table(None, "data set", "used for", f"ε at δ = {delta:g}", "releases")
+    for row in rows:
+        table.add_row(Text(row["dataset"]), row["population"], _epsilon(row["epsilon"]), str(row["releases"]))
+    out.print(table)
+
+
+def show_history(rows: Sequence[Mapping[str, Any]]) -> None:
+    """One line a charge, oldest first."""
+    if not rows:
+        _say("nothing has been charged")
+        return
+    _lines(
+        ("when (UTC)", "run", "round", "attempt", "state", "used for", "data set"),
+        [
+            (
+                row["utc"][:19].replace("T", " "),
+                row["run"][:8],
+                f"{row['round']:5}",
+                f"{row['attempt']:7}",
+                row["state"].lower(),
+                row["population"],
+                row["dataset"],
+            )
+            for row in rows
+        ],
+    )
+
+
+def show_audit(result: AuditResult) -> None:
+    """Facts, every test with its limit, and the verdict."""
+    out.print(_facts("Audit", [(label, str(value)) for label, value in result.facts.items()]))
+    table = Table("layer", "test", "found", "limit", "", box=box.SIMPLE_HEAD, pad_edge=False)
+    for row in result.table():
+        table.add_row(*row, style="bold red" if row[-1] == "FAIL" else None)
+    out.print(table)
+    verdict = "not refuted" if result.passed else "REFUTED by " + ", ".join(result.failures)
+    out.print(f"proven ε = {result.epsilon:g} at δ = {result.delta:g}: {verdict}", highlight=False)

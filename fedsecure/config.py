@@ -1,0 +1,389 @@
+"""Configuration files as frozen pydantic models: ``federation.toml`` for the aggregator, ``site.toml`` for a site.
+
+Unknown keys, wrong types and impossible values are refused with the file and the key. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fedsecure.errors import ConfigError
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+def _printable(text: str) -> str:
+    # Names travel to other people's terminals and reports.
+    if not text.isprintable():
+        raise ValueError("control characters are not allowed")
+    return text
+
+
+Label = Annotated[str, Field(min_length=1, max_length=200), AfterValidator(_printable)]
+SiteId = Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9_.-]{0,62}$")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class PrivacyConfig(_Section):
+    """What a run may learn about one privacy unit (privacy.md §7).
+
+    Attributes:
+        target_epsilon: ε of the whole run at ``delta``, for the units of each site.
+        delta: δ; must be below 1 over the number of units of every site.
+        unit: ``"patient"`` needs a patient column; ``"record"`` protects single images.
+        max_records_per_unit: public cap m; further images of a patient are left out.
+        max_grad_norm: clip norm C of a unit's gradient.
+        noise: ``"distributed"``: each site adds a share and the sum carries the whole noise; ``"local"``: each
+            site's own update is private even against the aggregator.
+        sampling_rate: 1 is full batch; less is Poisson sampling of units.
+        noise_multiplier: ``"auto"`` calibrates to ``target_epsilon``; a number is taken as it is.
+        spare_attempts: failed attempts the calibration leaves room for; each costs a round's charge.
+        minimum_signal_to_noise: a plan below this predicted ratio is refused.
+    """
+
+    target_epsilon: Positive = 8.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    unit: Literal["patient", "record"] = "patient"
+    max_records_per_unit: Annotated[int, Field(ge=1, le=256)] = 4
+    max_grad_norm: Positive = 0.1
+    noise: Literal["distributed", "local"] = "distributed"
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
+    noise_multiplier: Literal["auto"] | Positive = "auto"
+    spare_attempts: Annotated[int, Field(ge=0, le=1000)] = 1
+    minimum_signal_to_noise: Annotated[float, Field(ge=0)] = 0.02
+
+
+class EncoderChoice(_Section):
+    """The frozen CLIP that turns images and prompts into features; ``features`` takes precomputed ones.
+
+    Attributes:
+        model: an open_clip model name, or ``"fedsecure-tiny"`` (bundled), or ``"features"``.
+        pretrained: an open_clip tag, ``"bundled"``, or ``"file"`` where every site names its own copy
+            (``encoder_file``).
+        prompt: template with one ``{}`` for the class name.
+    """
+
+    model: Label = "fedsecure-tiny"
+    pretrained: Annotated[str, Field(max_length=4096), AfterValidator(_printable)] = "bundled"
+    prompt: Annotated[Label, Field(pattern=r"\{\}")] = "a picture of a {}"
+
+
+class EncoderConfig(EncoderChoice):
+    """The encoder, pinned.
+
+    Attributes:
+        dimension: feature width d; public, so the aggregator can size the adapter without loading the encoder.
+        fingerprint: SHA-256 in hex of weights, architecture and preprocessing; every site must hold the same.
+    """
+
+    dimension: Annotated[int, Field(ge=2, le=65_536)]
+    fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class MethodConfig(_Section):
+    """Which federated method trains, and its public settings.
+
+    Attributes:
+        name: an installed method (entry point group ``fedsecure.methods``).
+        rounds: communication rounds.
+        local_steps: gradient steps a site takes per round (``noise="local"``); one with distributed noise.
+        learning_rate: ``"auto"`` follows the predicted signal-to-noise.
+        temperature: τ of the logits; ``"auto"`` is the adapter's own default.
+    """
+
+    name: Label = "linear"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 20
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
+    learning_rate: Literal["auto"] | Positive = "auto"
+    temperature: Literal["auto"] | Positive = "auto"
+
+
+class EvaluationConfig(_Section):
+    """Counts of hits, before and after training; a release like any other unless the sets are public."""
+
+    when: tuple[Literal["before", "after"], ...] = ("before", "after")
+    target_epsilon: Positive = 2.0
+
+
+class SiteEntry(_Section):
+    """What is public about a site.
+
+    Attributes:
+        role: ``"train"`` sites train and may evaluate; ``"evaluate"`` sites only evaluate.
+        max_units: declared maximum number of training units; public. Weights and the normaliser use it.
+        evaluation_units: declared maximum number of evaluation units; 0 for none.
+        evaluation_public: the evaluation set is declared public and may be counted exactly.
+    """
+
+    role: Literal["train", "evaluate"] = "train"
+    max_units: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    evaluation_units: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    evaluation_public: bool = False
+
+
+class RoundsConfig(_Section):
+    """Cohort, collusion and waiting.
+
+    Attributes:
+        colluders: c; ``"auto"`` is max(1, ⌊(n−1)/3⌋) (secagg.md §3.5).
+        min_survivors: u_min; ``"auto"`` is the protocol's minimum max(t, c+2).
+        phase_seconds: longest wait for the sites' messages in one phase.
+        training_seconds: longest wait for the masked vectors (the sites train meanwhile).
+        silence_seconds: a site that has not been heard of for so long counts as gone for this phase.
+        start_seconds: longest wait for enough sites to join.
+        max_attempts: attempts of one round before the run ends.
+        prepared_rounds: training rounds whose keys are set up at once, so that each then takes three messages instead
+            of five; 0 sets up every round by itself. A site that restarts loses its keys, and new ones are set up.
+        transcripts: record every attempt for ``fedsecure transcript verify``; needs ``prepared_rounds = 0``.
+    """
+
+    colluders: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
+    min_survivors: Literal["auto"] | Annotated[int, Field(ge=3)] = "auto"
+    phase_seconds: Positive = 60.0
+    training_seconds: Positive = 3600.0
+    silence_seconds: Positive = 30.0
+    start_seconds: Positive = 600.0
+    max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5
+    prepared_rounds: Annotated[int, Field(ge=0, le=1024)] = 16
+    transcripts: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> RoundsConfig:
+        if self.transcripts and self.prepared_rounds:
+            raise ValueError("transcripts = true needs prepared_rounds = 0: only whole rounds are recorded")
+        return self
+
+
+class RunSettings(_Section):
+    """All that is public about a run and shapes its computation; every site sees, checks and hashes it.
+
+    Attributes:
+        name: of the federation, shown in reports.
+        classes: class names in index order.
+        sites: every site of the run, by id.
+    """
+
+    name: Label = "federation"
+    classes: Annotated[tuple[Label, ...], Field(min_length=2, max_length=10_000)]
+    encoder: EncoderConfig
+    method: MethodConfig = MethodConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    rounds: RoundsConfig = RoundsConfig()
+    sites: Annotated[dict[SiteId, SiteEntry], Field(min_length=3, max_length=128)]
+
+    @model_validator(mode="after")
+    def _check(self) -> RunSettings:
+        if len(set(self.classes)) != len(self.classes):
+            raise ValueError("classes must be distinct")
+        trainers = self.declared_units()
+        if len(trainers) < 3:
+            raise ValueError(f"{len(trainers)} training sites; a secure sum needs at least 3")
+        if any(units < 1 for units in trainers.values()):
+            raise ValueError("every training site declares max_units >= 1")
+        if self.privacy.noise == "distributed" and self.method.local_steps != 1:
+            raise ValueError('local_steps must be 1 with noise = "distributed": every step is a secure sum')
+        return self
+
+    def declared_units(self) -> dict[str, int]:
+        """Declared maximum number of training units of each training site."""
+        return {site: entry.max_units for site, entry in sorted(self.sites.items()) if entry.role == "train"}
+
+    def canonical(self) -> str:
+        """Canonical JSON: sorted keys, no spaces."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+
+    def digest(self) -> bytes:
+        """``config_hash`` of the round descriptor: SHA-256 over :meth:`canonical`."""
+        return hashlib.sha256(b"fedsecure/settings/v1\0" + self.canonical().encode()).digest()
+
+    @staticmethod
+    def parse(text: str) -> RunSettings:
+        """Inverse of :meth:`canonical`, for settings that came over the wire.
+
+        Raises:
+            ConfigError: FS-1008, not the settings of this release.
+        """
+        try:
+            return RunSettings.model_validate_json(text)
+        except ValidationError as error:
+            raise ConfigError(
+                "FS-1008",
+                f"the aggregator's settings are refused ({_first(error)})",
+                expected="settings of this release",
+                cure="install the same fedsecure release on both sides",
+            ) from error
+
+
+class FederationConfig(RunSettings):
+    """``federation.toml``: the run's public settings, and where this aggregator lives.
+
+    Attributes:
+        listen: ``host:port``; port 0 takes a free one and prints it.
+        state: the aggregator's folder: models, round records, results.
+        identity: folder with the aggregator's certificate, keys and the signed roster.
+    """
+
+    listen: str = "127.0.0.1:0"
+    state: Path
+    identity: Path
+
+    def settings(self) -> RunSettings:
+        """The public part."""
+        return RunSettings.model_validate(self.model_dump(exclude={"listen", "state", "identity"}))
+
+
+class DatasetConfig(_Section):
+    """Where a site's records are.
+
+    Attributes:
+        name: the ledger charges under this name; keep it for the life of the data.
+        path: a class-folder tree, a manifest ``.csv``, a feature file ``.npz``, or a folder of DICOM files.
+        format: ``"auto"`` decides by what is there.
+        split: ``"train"`` or ``"test"`` arrays of a feature file; a manifest's ``split`` column.
+        rows: optional ``[start, step]`` stride over a feature file, to share one file between trial sites.
+        holdout: fraction in [0, 1) kept for evaluation, chosen by a hash of each unit's id.
+        part: which side of ``holdout`` this is.
+        public: declared public: may be counted exactly.
+    """
+
+    name: Label
+    path: Path
+    format: Literal["auto", "folder", "manifest", "features", "dicom"] = "auto"
+    split: str | None = None
+    rows: tuple[int, int] | None = None
+    holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    part: Literal["all", "train", "evaluation"] = "all"
+    public: bool = False
+
+
+class PolicyConfig(_Section):
+    """A site's own limits; the aggregator proposes, these decide.
+
+    Attributes:
+        max_epsilon: refuse whatever would take the training units past it, over all runs on the data set.
+        max_evaluation_epsilon: the same for evaluation units.
+        delta: δ at which the limits hold.
+        min_cohort, min_colluders: floors of secagg.md §3.5.
+        min_noise_multiplier: refuse a query whose noise multiplier per step is lower.
+        methods: allowed methods.
+        noise: allowed places of noise.
+        unit: the least privacy unit this site accepts: ``"patient"`` refuses runs by record.
+    """
+
+    max_epsilon: Positive = 8.0
+    max_evaluation_epsilon: Positive = 4.0
+    delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
+    min_cohort: Annotated[int, Field(ge=3)] = 3
+    min_colluders: Annotated[int, Field(ge=1)] = 1
+    min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.1
+    methods: tuple[str, ...] = ("linear", "facmic", "evaluate")
+    noise: tuple[Literal["distributed", "local"], ...] = ("distributed", "local")
+    unit: Literal["patient", "record"] = "patient"
+
+
+class SiteConfig(_Section):
+    """``site.toml``.
+
+    Attributes:
+        aggregator: ``host:port`` the site dials.
+        identity: folder with this site's keys, certificate and the signed roster.
+        state: this site's folder: counters, method state, feature cache, reports.
+        ledger: the budget ledger, an SQLite file; keep it with the data, not with the run.
+        encoder_file: this site's copy of the encoder's weights, or of the ``.npz`` with the text embeddings, where the
+            run does not name an open_clip tag.
+        engine: where clipped sums come from; ``"auto"`` prefers the closed form where its equality is tested.
+        device: ``"auto"`` takes the GPU where there is one.
+    """
+
+    site: SiteId
+    aggregator: str
+    identity: Path
+    state: Path
+    ledger: Path
+    encoder_file: Path | None = None
+    train: DatasetConfig | None = None
+    evaluation: DatasetConfig | None = None
+    policy: PolicyConfig = PolicyConfig()
+    engine: Literal["auto", "opacus", "closed-form"] = "auto"
+    device: str = "auto"
+    connect_seconds: Positive = 60.0
+    wait_seconds: Positive = 7200.0
+
+
+_Model = TypeVar("_Model", FederationConfig, SiteConfig, RunSettings)
+_PATHS = ("state", "identity", "ledger", "encoder_file")
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A TOML file as nested dictionaries.
+
+    Raises:
+        ConfigError: FS-1001 unreadable, FS-1002 not TOML.
+    """
+    try:
+        return tomllib.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(
+            "FS-1001",
+            f"{file} cannot be read ({error.strerror})",
+            expected="a readable TOML file",
+            cure="check the path and its permissions",
+        ) from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            "FS-1002", f"{file} is not TOML ({error})", expected="TOML 1.0 in UTF-8", cure="mend the named line"
+        ) from error
+
+
+def parse_settings(raw: dict[str, Any], file: Path) -> RunSettings:
+    """Public settings from a file's content; raises ConfigError FS-1003."""
+    return _validated(raw, RunSettings, file)
+
+
+def load(path: Path | str, kind: type[_Model]) -> _Model:
+    """Read a TOML file into ``FederationConfig`` or ``SiteConfig``.
+
+    Raises:
+        ConfigError: FS-1001 unreadable, FS-1002 not TOML, FS-1003 a key or value is refused.
+    """
+    file = Path(path)
+    raw = read_toml(file)
+    base = file.resolve().parent
+    for key in _PATHS:
+        if isinstance(raw.get(key), str):
+            raw[key] = str(base / raw[key])
+    for key in ("train", "evaluation"):
+        section = raw.get(key)
+        if isinstance(section, dict) and isinstance(section.get("path"), str):
+            section["path"] = str(base / section["path"])
+    return _validated(raw, kind, file)
+
+
+def _validated(raw: dict[str, Any], kind: type[_Model], file: Path) -> _Model:
+    try:
+        return kind.model_validate(raw)
+    except ValidationError as error:
+        raise ConfigError(
+            "FS-1003",
+            f"{file}: {_first(error)}",
+            expected="known keys with values in their ranges",
+            cure="see docs/configuration.md for every key",
+        ) from error
+
+
+def _first(error: ValidationError) -> str:
+    """The first problem of a validation, in one line."""
+    first = error.errors(include_url=False)[0]
+    key = ".".join(str(part) for part in first["loc"]) or "the whole"
+    more = f", and {error.error_count() - 1} more" if error.error_count() > 1 else ""
+    return f"{key} = {str(first.get('input'))[:80]!r}: {first['msg']}{more}"

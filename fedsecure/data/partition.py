@@ -1,0 +1,95 @@
+"""Seeded federated partitions of one data set, for experiments and simulation: index lists, one a site.
+
+``dirichlet`` is the label skew of Hsu, Qi & Brown 2019 (arXiv 1909.06335), drawn class by class over sites as in
+Li et al. 2022 (arXiv 2102.02079), whose ``quantity`` skew this also follows. Real federations are not partitioned.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsecure.errors import DataError
+
+Indices = npt.NDArray[np.int64]
+_TRIES = 1000
+
+
+def iid(records: int, sites: int, *, seed: int) -> tuple[Indices, ...]:
+    """``records`` shuffled and dealt out; sizes differ by at most one. Raises DataError FS-1130."""
+    _check(records, sites, 1)
+    order = np.random.default_rng(seed).permutation(records)
+    return tuple(np.sort(part) for part in np.array_split(order, sites))
+
+
+def dirichlet(
+    labels: npt.NDArray[np.int64], sites: int, *, alpha: float, seed: int, minimum: int = 1
+) -> tuple[Indices, ...]:
+    """Label skew: each class is shared out in proportions drawn from Dirichlet(α).
+
+    Args:
+        labels: int64 (n,).
+        sites: number of sites ≥ 1.
+        alpha: α > 0; small is more skewed.
+        seed: ≥ 0.
+        minimum: least records at a site; the draw is repeated until it holds.
+
+    Raises:
+        DataError: FS-1130 too few records or α ≤ 0, FS-1131 no draw met the minimum.
+    """
+    _check(len(labels), sites, minimum)
+    _check_alpha(alpha)
+    rng = np.random.default_rng(seed)
+    for _ in range(_TRIES):
+        shares: list[list[Indices]] = [[] for _ in range(sites)]
+        for label in np.unique(labels):
+            rows = rng.permutation(np.flatnonzero(labels == label))
+            cuts = (np.cumsum(rng.dirichlet(np.full(sites, alpha)))[:-1] * len(rows)).astype(np.int64)
+            for site, part in enumerate(np.split(rows, cuts)):
+                shares[site].append(part)
+        parts = tuple(np.sort(np.concatenate(share)) for share in shares)
+        if min(len(part) for part in parts) >= minimum:
+            return parts
+    raise _no_draw(alpha, minimum)
+
+
+def quantity(records: int, sites: int, *, alpha: float, seed: int, minimum: int = 1) -> tuple[Indices, ...]:
+    """Quantity skew: sizes drawn from Dirichlet(α), records at random. Arguments and errors as :func:`dirichlet`."""
+    _check(records, sites, minimum)
+    _check_alpha(alpha)
+    rng = np.random.default_rng(seed)
+    for _ in range(_TRIES):
+        cuts = (np.cumsum(rng.dirichlet(np.full(sites, alpha)))[:-1] * records).astype(np.int64)
+        parts = tuple(np.sort(part) for part in np.split(rng.permutation(records), cuts))
+        if min(len(part) for part in parts) >= minimum:
+            return parts
+    raise _no_draw(alpha, minimum)
+
+
+def _check(records: int, sites: int, minimum: int) -> None:
+    if sites < 1 or minimum < 0 or records < sites * max(minimum, 1):
+        raise DataError(
+            "FS-1130",
+            f"{records} records for {sites} sites with at least {minimum} each",
+            expected="at least one site, and enough records for all",
+            cure="ask for fewer sites or a smaller minimum",
+        )
+
+
+def _check_alpha(alpha: float) -> None:
+    if not (np.isfinite(alpha) and alpha > 0):
+        raise DataError(
+            "FS-1130",
+            f"alpha = {alpha}",
+            expected="a finite number above 0",
+            cure="0.1 is very skewed, 1 moderate, 100 nearly even",
+        )
+
+
+def _no_draw(alpha: float, minimum: int) -> DataError:
+    return DataError(
+        "FS-1131",
+        f"none of {_TRIES} draws with alpha = {alpha} gave every site {minimum} records",
+        expected="a partition in which every site has enough",
+        cure="raise alpha, lower the minimum or the number of sites",
+    )

@@ -1,0 +1,118 @@
+"""The trainable adapters as shapes and numbers, without torch: an aggregator sizes, starts and steps them.
+
+``linear`` is the zero-initialised residual linear head of privacy.md §0.3; ``facmic`` is the feature attention
+module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsecure.errors import ModelError
+
+AdapterKind = Literal["linear", "facmic"]
+Float32 = npt.NDArray[np.float32]
+Vector = npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterSpec:
+    """Which adapter, and its size.
+
+    Attributes:
+        kind: ``"linear"`` or ``"facmic"``.
+        dimension: feature width d ≥ 2.
+        classes: K ≥ 2.
+
+    Raises:
+        ModelError: FS-1631 for a kind or a size that does not exist.
+    """
+
+    kind: AdapterKind
+    dimension: int
+    classes: int
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(AdapterKind) or self.dimension < 2 or self.classes < 2:
+            raise ModelError(
+                "FS-1631",
+                f"adapter {self.kind!r} with d = {self.dimension} and K = {self.classes}",
+                expected="kind linear or facmic, d >= 2 and K >= 2",
+                cure="mend method.name, encoder.dimension or the federation's class list",
+            )
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Tensor name → shape, in the fixed order in which :meth:`flatten` lays them out."""
+        d = self.dimension
+        if self.kind == "linear":
+            return {"D": (self.classes, d)}
+        return {"W1": (d, d), "b1": (d,), "gamma": (d,), "beta": (d,), "W2": (d, d), "b2": (d,)}
+
+    @property
+    def parameters(self) -> int:
+        """Number of trainable values: K·d for ``linear``, 2d² + 4d for ``facmic`` (526,336 at d = 512)."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    def initial(self, seed: bytes) -> dict[str, Float32]:
+        """Tensors at round 0; both kinds then predict exactly as zero-shot does.
+
+        ``linear`` starts at zero. ``facmic`` draws W1 and b1 from U(−1/√d, 1/√d), PyTorch's default, by SHAKE-256
+        of the public ``seed``; γ = 1 and β, W2, b2 = 0. Public initialisation: it protects nothing.
+        """
+        tensors = {name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()}
+        if self.kind == "facmic":
+            tensors["gamma"][:] = 1
+            for name in ("W1", "b1"):
+                raw = hashlib.shake_256(b"fedsecure/initial/v1\0" + name.encode() + b"\0" + seed)
+                words = np.frombuffer(raw.digest(4 * tensors[name].size), dtype="<u4").astype(np.float64)
+                uniform = ((words + 0.5) / 2**31 - 1) / math.sqrt(self.dimension)
+                tensors[name] = uniform.reshape(self.shapes[name]).astype(np.float32)
+        return tensors
+
+    def flatten(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:
+        """The tensors end to end in the order of :attr:`shapes`, as one float64 vector.
+
+        Raises:
+            ModelError: FS-1632 when a tensor is missing, foreign or of another shape.
+        """
+        self._check(tensors)
+        return np.concatenate([np.asarray(tensors[name], np.float64).ravel() for name in self.shapes])
+
+    def unflatten(self, vector: npt.NDArray[np.floating[Any]]) -> dict[str, Float32]:
+        """Inverse of :meth:`flatten`; float32 tensors.
+
+        Raises:
+            ModelError: FS-1632 when the length is not :attr:`parameters`.
+        """
+        if vector.shape != (self.parameters,):
+            raise ModelError(
+                "FS-1632",
+                f"a vector of shape {vector.shape}",
+                expected=f"({self.parameters},) for the {self.kind} adapter",
+                cure="use tensors of the same federation settings",
+            )
+        tensors: dict[str, Float32] = {}
+        start = 0
+        for name, shape in self.shapes.items():
+            size = math.prod(shape)
+            tensors[name] = vector[start : start + size].reshape(shape).astype(np.float32)
+            start += size
+        return tensors
+
+    def _check(self, tensors: Mapping[str, Any]) -> None:
+        found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        if found != dict(self.shapes):
+            raise ModelError(
+                "FS-1632",
+                f"tensors {found}",
+                expected=f"{dict(self.shapes)} for the {self.kind} adapter",
+                cure="use tensors of the same federation settings",
+            )

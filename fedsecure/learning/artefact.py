@@ -1,0 +1,182 @@
+"""The trained adapter as one ``safetensors`` file that says what it is, what it was trained on and at what price.
+
+It holds the text embeddings and the public mean beside the adapter's tensors, so it works on feature files without any
+encoder, and it refuses features of another encoder. No pickle, no torch.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsecure.errors import ModelError
+from fedsecure.files import write_whole
+from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
+from fedsecure.learning.evaluation import predict
+from fedsecure.learning.task import HeadTask
+
+FORMAT = "fedsecure-adapter/1"
+_CONSTANTS = ("text", "centre")
+_MAX_BYTES = 2**32
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterMetadata:
+    """What the file says about itself.
+
+    Attributes:
+        model, pretrained, fingerprint: the encoder; SHA-256 in hex of weights, architecture and preprocessing.
+        preprocessing: the encoder's own, as JSON-able facts.
+        prompt: template of the class prompts.
+        classes: in label order.
+        temperature: τ.
+        epsilon: spent by the run, of the site that spent most; None where nothing was protected.
+        delta: δ of ``epsilon``.
+        unit: ``"patient"`` or ``"record"``.
+        rounds: completed.
+        extra: further facts, strings only.
+    """
+
+    model: str
+    pretrained: str
+    fingerprint: str
+    prompt: str
+    classes: tuple[str, ...]
+    temperature: float
+    epsilon: float | None
+    delta: float
+    unit: str
+    rounds: int
+    preprocessing: Mapping[str, Any]
+    extra: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Adapter:
+    """A loaded adapter: ``predict`` takes features of the encoder named in the metadata."""
+
+    task: HeadTask
+    tensors: Mapping[str, Float32]
+    metadata: AdapterMetadata
+
+    def check_encoder(self, fingerprint: str) -> None:
+        """Refuse another encoder: ModelError FS-1636."""
+        if fingerprint != self.metadata.fingerprint:
+            raise ModelError(
+                "FS-1636",
+                f"encoder fingerprint {fingerprint[:16]}…",
+                expected=f"{self.metadata.fingerprint[:16]}… ({self.metadata.model}, {self.metadata.pretrained})",
+                cure="use the encoder, weights and preprocessing the adapter was trained on",
+            )
+
+    def predict(
+        self, features: npt.NDArray[Any], *, fingerprint: str, device: str = "auto"
+    ) -> tuple[npt.NDArray[np.int64], Vector]:
+        """Labels (n,) and probabilities (n, K) for (n, d) features of the encoder ``fingerprint``."""
+        self.check_encoder(fingerprint)
+        return predict(self.task, self.tensors, features, device=device)
+
+
+def save_adapter(
+    path: Path | str, task: HeadTask, *, tensors: Mapping[str, npt.NDArray[Any]], metadata: AdapterMetadata
+) -> None:
+    """Write the adapter; the file appears whole or not at all.
+
+    Raises:
+        ModelError: FS-1632 when the tensors do not fit the task's spec.
+        EnvironmentProblem: FS-1802 when the file cannot be written.
+    """
+    from safetensors.numpy import save
+
+    task.spec.flatten(tensors)
+    arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
+    arrays |= {name: np.ascontiguousarray(getattr(task, name), np.float32) for name in _CONSTANTS}
+    facts: dict[str, Any] = {
+        "kind": task.spec.kind,
+        **{name: getattr(metadata, name) for name in AdapterMetadata.__slots__},
+        "classes": list(metadata.classes),
+        "preprocessing": dict(metadata.preprocessing),
+        "extra": dict(metadata.extra),
+    }
+    raw = save(arrays, metadata={"format": FORMAT, "adapter": json.dumps(facts, sort_keys=True)})
+    write_whole(Path(path), raw)
+
+
+def load_adapter(path: Path | str) -> Adapter:
+    """Read an adapter file.
+
+    Raises:
+        ModelError: FS-1634 unreadable, truncated or no safetensors; FS-1635 not an adapter of this format; FS-1631 to
+            FS-1633 when its tensors contradict its metadata.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    target = Path(path)
+    try:
+        if target.stat().st_size > _MAX_BYTES:
+            raise _foreign(target, f"{target.stat().st_size} bytes")
+        with safe_open(target, framework="numpy") as file:
+            header = file.metadata() or {}
+            if header.get("format") != FORMAT:
+                raise _foreign(target, f"format {header.get('format')!r:.60}")
+            names = set(file.keys())
+            facts = json.loads(header.get("adapter", ""))
+            metadata = _metadata(facts)
+            shape = file.get_slice("text").get_shape()
+            spec = AdapterSpec(facts["kind"], int(shape[1]), len(metadata.classes))
+            if names != {*spec.shapes, *_CONSTANTS}:
+                raise _foreign(target, f"tensors {sorted(names)!s:.120}")
+            arrays = {name: np.asarray(file.get_tensor(name)) for name in sorted(names)}
+    except OSError as error:
+        raise ModelError(
+            "FS-1634",
+            f"{target} cannot be read ({error.strerror or type(error).__name__})",
+            expected="a readable adapter file",
+            cure="check the path and its permissions",
+        ) from error
+    except SafetensorError as error:
+        raise ModelError(
+            "FS-1634",
+            f"{target} is no safetensors file or is damaged ({error!s:.120})",
+            expected="a complete safetensors file",
+            cure="copy or download it again",
+        ) from error
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise _foreign(target, f"metadata that cannot be read ({type(error).__name__})") from error
+    if any(array.dtype != np.float32 or not np.isfinite(array).all() for array in arrays.values()):
+        raise _foreign(target, "tensors that are not finite float32 values")
+    tensors = {name: arrays[name] for name in spec.shapes}
+    spec.flatten(tensors)
+    return Adapter(HeadTask(spec, arrays["text"], arrays["centre"], metadata.temperature), tensors, metadata)
+
+
+def _metadata(facts: Mapping[str, Any]) -> AdapterMetadata:
+    return AdapterMetadata(
+        model=str(facts["model"]),
+        pretrained=str(facts["pretrained"]),
+        fingerprint=str(facts["fingerprint"]),
+        prompt=str(facts["prompt"]),
+        classes=tuple(str(name) for name in facts["classes"]),
+        temperature=float(facts["temperature"]),
+        epsilon=None if facts["epsilon"] is None else float(facts["epsilon"]),
+        delta=float(facts["delta"]),
+        unit=str(facts["unit"]),
+        rounds=int(facts["rounds"]),
+        preprocessing=dict(facts["preprocessing"]),
+        extra={str(key): str(value) for key, value in facts["extra"].items()},
+    )
+
+
+def _foreign(path: Path, found: str) -> ModelError:
+    return ModelError(
+        "FS-1635",
+        f"{path} holds {found}",
+        expected=f"an adapter of format {FORMAT}",
+        cure="use a file written by this program, or upgrade it",
+    )

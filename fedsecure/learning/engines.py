@@ -1,0 +1,110 @@
+"""The one interface to per-unit clipped gradient sums, over two engines tested equal (privacy.md, "Engines").
+
+No torch at import: the engine is loaded by the call that needs it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from fedsecure.errors import ModelError, PrivacyError
+from fedsecure.learning.adapters import Vector
+from fedsecure.learning.task import HeadTask
+from fedsecure.learning.units import UnitFeatures
+
+if TYPE_CHECKING:
+    from fedsecure.learning.opacus_engine import ModuleTask
+
+EngineName = Literal["auto", "opacus", "closed-form"]
+CHUNK = 512
+
+
+def choose_engine(engine: EngineName, task: HeadTask | ModuleTask) -> Literal["opacus", "closed-form"]:
+    """``"auto"`` takes the closed form for the two known adapters and Opacus for everything else.
+
+    Raises:
+        ModelError: FS-1637 for an unknown engine, or the closed form asked for a module it does not know.
+    """
+    known = isinstance(task, HeadTask)
+    if engine == "auto":
+        return "closed-form" if known else "opacus"
+    if engine == "opacus" or (engine == "closed-form" and known):
+        return engine
+    raise ModelError(
+        "FS-1637",
+        f"engine {engine!r} for {'a known adapter' if known else 'a module of your own'}",
+        expected="auto, opacus, or closed-form for the linear and facmic adapters",
+        cure='set engine = "auto"',
+    )
+
+
+def clipped_sum(
+    task: HeadTask | ModuleTask,
+    parameters: Mapping[str, Any],
+    units: UnitFeatures,
+    *,
+    max_grad_norm: float,
+    engine: EngineName = "auto",
+    device: str = "auto",
+    chunk: int = CHUNK,
+) -> Vector:
+    """Σ over units of clip_C(∇ mean over the unit's records of the loss), C = ``max_grad_norm``.
+
+    Each unit's gradient over all parameters together is scaled by min(1, C(1 − 1e-5)/‖g‖); a unit with a
+    non-finite gradient, or without records, adds zero; no units give zeros. Adding a unit, or replacing it by zero,
+    moves the result by at most C in L2 norm.
+
+    Args:
+        task: a known adapter, or a module of the user's own.
+        parameters: name → array or tensor, as in ``task.spec.shapes`` or ``task.shapes``.
+        units: U units of up to m records of d features.
+        max_grad_norm: C > 0, finite.
+        engine: ``"auto"``, ``"opacus"`` or ``"closed-form"``.
+        device: ``"auto"``, ``"cpu"``, ``"cuda"``…
+        chunk: records held in activations at a time; it bounds memory and does not change the result.
+
+    Returns:
+        float64 vector, the parameters end to end.
+
+    Raises:
+        ModelError: FS-1632, FS-1637, FS-1638 or FS-1639 when something does not fit.
+        PrivacyError: FS-1234 to FS-1237 from Opacus's guards; FS-1238 for a bad C.
+    """
+    if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
+        raise PrivacyError(
+            "FS-1238",
+            f"max_grad_norm = {max_grad_norm}",
+            expected="a finite value above 0",
+            cure="set privacy.max_grad_norm, for instance to 0.1",
+        )
+    if isinstance(task, HeadTask):
+        check_fit(task, units)
+    name = choose_engine(engine, task)
+    from fedsecure.learning.modules import resolve_device
+
+    where = resolve_device(device)
+    rows = max(1, chunk // max(units.mask.shape[1], 1))
+    if name == "closed-form":
+        from fedsecure.learning import closed_form
+
+        assert isinstance(task, HeadTask)
+        return closed_form.clipped_sum(task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows)
+    from fedsecure.learning import opacus_engine
+
+    return opacus_engine.clipped_sum(task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows)
+
+
+def check_fit(task: HeadTask, units: UnitFeatures) -> None:
+    """Refuse units of another width or with labels outside the class list: ModelError FS-1638."""
+    d, k = task.spec.dimension, task.spec.classes
+    labels = units.labels[units.mask]
+    if units.dimension != d or (labels.size and not (labels.min() >= 0 and labels.max() < k)):
+        top = int(labels.max()) if labels.size else 0
+        raise ModelError(
+            "FS-1638",
+            f"features of width {units.dimension} with labels up to {top}",
+            expected=f"width {d} and labels from 0 to {k - 1}",
+            cure="use features of the federation's encoder and its class list",
+        )

@@ -1,0 +1,200 @@
+"""A site's features: the public constants of a run, and its records as units of frozen features.
+
+Encoders, prompts, the cache and the data sets are the rooms beside this one; here they become what training eats.
+No torch at import, and none at all for precomputed features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from fedsecure.config import EncoderConfig
+from fedsecure.errors import ModelError, PrivacyError
+from fedsecure.learning.adapters import Float32
+from fedsecure.learning.units import UnitFeatures, group_units
+
+if TYPE_CHECKING:
+    from fedsecure.data.dataset import Dataset
+    from fedsecure.vision.encoder import Encoder
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SiteFeatures:
+    """Public constants of the run, the same at every site.
+
+    Attributes:
+        text: (K, d) float32 unit rows, in the federation's class order.
+        centre: (d,) float32 public mean of unit image features; zeros where there is none.
+        dimension: d.
+        fingerprint: of the encoder, or of a feature file's classes, text and mean.
+        preprocessing: facts for the adapter's metadata.
+        encoder: None for precomputed features.
+    """
+
+    text: Float32
+    centre: Float32
+    dimension: int
+    fingerprint: str
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    encoder: Encoder | None = None
+
+
+def load_site_features(
+    config: EncoderConfig, classes: Sequence[str], *, file: Path | None = None, device: str = "auto"
+) -> SiteFeatures:
+    """Load the run's encoder, or a feature file's header, and embed the class prompts; no record is read.
+
+    Args:
+        config: the run's encoder; ``pretrained = "file"`` takes ``file``.
+        classes: K class names in the federation's order.
+        file: the site's own copy of the weights, or of the feature file.
+        device: for the encoder.
+
+    Raises:
+        ModelError: FS-1630 when this site's encoder or feature file is not the run's; FS-1638 when its width is not;
+            FS-1640 when the run leaves the file to the site and the site names none, or the feature file lacks a
+            class; others as the encoder's loader says.
+        DataError: as the reader of feature files says.
+    """
+    source = config.pretrained
+    if source == "file" or (config.model == "features" and file is not None):
+        if file is None:
+            raise ModelError(
+                "FS-1640",
+                f"encoder {config.model!r} comes from a file and this site names none",
+                expected="encoder_file in the site's configuration",
+                cure="set encoder_file to this site's copy of the weights or feature file",
+            )
+        source = str(file)
+    if config.model == "features":
+        found = _from_feature_file(source, classes)
+    else:
+        from fedsecure.vision.encoder import load_encoder
+        from fedsecure.vision.prompts import class_prompts
+
+        encoder = load_encoder(config.model, source, device=device)
+        mean = encoder.public_mean
+        found = SiteFeatures(
+            text=encoder.encode_text(class_prompts(classes, template=config.prompt)),
+            centre=np.zeros(encoder.dimension, np.float32) if mean is None else mean,
+            dimension=encoder.dimension,
+            fingerprint=encoder.fingerprint,
+            preprocessing={"by": "open_clip", "for": config.model, "hashed_into": "fingerprint"},
+            encoder=encoder,
+        )
+    if found.fingerprint != config.fingerprint:
+        raise ModelError(
+            "FS-1630",
+            f"encoder {config.model} ({source}) has fingerprint {found.fingerprint[:16]}…",
+            expected=f"{config.fingerprint[:16]}…, as the federation's settings say",
+            cure="use the same weights, preprocessing and open_clip version as the other sites",
+        )
+    if found.dimension != config.dimension:
+        raise ModelError(
+            "FS-1638",
+            f"encoder {config.model} gives features of width {found.dimension}",
+            expected=f"width {config.dimension}, as the federation's settings say",
+            cure="ask the coordinator to mend encoder.dimension",
+        )
+    return found
+
+
+def _from_feature_file(source: str, classes: Sequence[str]) -> SiteFeatures:
+    from fedsecure.data.loading import read_feature_header
+
+    header = read_feature_header(Path(source))
+    rows = {name: row for row, name in enumerate(header.classes)}
+    missing = [name for name in classes if name not in rows]
+    if missing:
+        raise ModelError(
+            "FS-1640",
+            f"feature file {source} has no text embedding of class {missing[0]!r}",
+            expected="one row of text for each class of the federation",
+            cure="use the feature file the federation was set up with",
+        )
+    return SiteFeatures(
+        text=header.text[[rows[name] for name in classes]],
+        centre=np.zeros(header.dimension, np.float32) if header.mean is None else header.mean,
+        dimension=header.dimension,
+        fingerprint=header.fingerprint,
+        preprocessing={"by": "the owner of the feature file"},
+    )
+
+
+def load_units(
+    dataset: Dataset,
+    features: SiteFeatures,
+    *,
+    cache: Path | None,
+    unit: Literal["patient", "record"],
+    cap: int,
+    max_units: int,
+    key: bytes,
+    progress: Progress | None = None,
+) -> UnitFeatures:
+    """Read a data set's records as units of features. Touches records: call it only after the charge is on disk.
+
+    Args:
+        dataset: images or precomputed features.
+        features: the run's constants, with the encoder that images need.
+        cache: folder of the feature cache, None to encode everything.
+        unit: ``"patient"`` groups by patient; ``"record"`` makes each record a unit of its own.
+        cap: public cap on a patient's records; 1 with ``"record"``.
+        max_units: declared maximum of units; further ones are left out by keyed hash.
+        key: the site's secret for the keyed hash.
+        progress: called with (done, n) while encoding.
+
+    Raises:
+        PrivacyError: FS-1246 when patients are to be protected and the data set does not know them.
+        DataError: FS-1143, FS-1144, or as the data set says.
+        ModelError: FS-1638 when the features have another width than the run's; FS-1641 images without an encoder.
+    """
+    dataset.index()
+    patients = dataset.patient_ids
+    if unit == "patient" and patients is None:
+        raise PrivacyError(
+            "FS-1246",
+            f"data set {dataset.name!r} has no patient ids and the run protects patients",
+            expected="a patient column, or a run by record",
+            cure='add patient ids to the manifest, or agree on privacy.unit = "record"',
+        )
+    if dataset.kind == "features":
+        values = dataset.features()
+    else:
+        if features.encoder is None:
+            raise ModelError(
+                "FS-1641",
+                f"data set {dataset.name!r} holds images and the run's encoder is 'features'",
+                expected="a feature file",
+                cure="encode the images with the encoder of the feature file, or run with an image encoder",
+            )
+        from fedsecure.learning.encoding import encode_dataset
+        from fedsecure.vision.cache import FeatureCache
+
+        kept = FeatureCache(cache) if cache is not None else None
+        values = encode_dataset(dataset, features.encoder, kept, progress=progress)
+    if values.ndim != 2 or values.shape[1] != features.dimension:
+        raise ModelError(
+            "FS-1638",
+            f"data set {dataset.name!r} has features of shape {values.shape}",
+            expected=f"(n, {features.dimension})",
+            cure="use features of the run's encoder",
+        )
+    owners = patients if unit == "patient" and patients is not None else dataset.record_ids
+    units = group_units(
+        values,
+        dataset.labels,
+        owners,
+        cap=cap if unit == "patient" else 1,
+        key=key,
+        classes=features.text.shape[0],
+        record_ids=dataset.record_ids,
+    )
+    return units.limit_units(max_units)

@@ -1,0 +1,131 @@
+"""Using a trained adapter: classify images, or measure it on labelled records. Nothing here leaves the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedsecure.config import DatasetConfig
+from fedsecure.data.dataset import Dataset
+from fedsecure.data.dataset import Features as FloatFeatures
+from fedsecure.data.images import read_image
+from fedsecure.data.loading import open_dataset, read_feature_header
+from fedsecure.errors import ModelError
+from fedsecure.learning.artefact import Adapter, load_adapter
+from fedsecure.learning.encoding import encode_dataset
+from fedsecure.learning.evaluation import accuracy, balanced_accuracy, predict
+from fedsecure.vision.encoder import Encoder, load_encoder
+
+_BATCH = 64
+
+
+def predict_images(
+    adapter: Path, images: Sequence[Path], *, weights: Path | None = None, device: str = "auto"
+) -> list[dict[str, Any]]:
+    """Class and probability of each image.
+
+    Args:
+        adapter: an adapter file.
+        images: image files.
+        weights: local weights of the encoder, where the adapter's own tag is not at hand.
+        device: ``auto``, ``cpu`` or ``cuda``.
+
+    Returns:
+        one ``{"image", "class", "probability", "probabilities"}`` an image, in order.
+
+    Raises:
+        ModelError: FS-163x the adapter, FS-1636 another encoder, FS-1668 its weights are a file that was not named,
+            FS-1669 an adapter for precomputed features.
+        DataError: FS-1106 an unreadable image.
+    """
+    loaded = load_adapter(adapter)
+    encoder = encoder_of(loaded, weights=weights, device=device)
+    parts = [
+        encoder.encode_images([read_image(path) for path in images[start : start + _BATCH]])
+        for start in range(0, len(images), _BATCH)
+    ]
+    features = np.concatenate(parts)
+    labels, probabilities = loaded.predict(features, fingerprint=encoder.fingerprint, device=device)
+    classes = loaded.metadata.classes
+    return [
+        {
+            "image": str(path),
+            "class": classes[label],
+            "probability": float(row[label]),
+            "probabilities": dict(zip(classes, map(float, row), strict=True)),
+        }
+        for path, label, row in zip(images, labels, probabilities, strict=True)
+    ]
+
+
+def evaluate_dataset(
+    adapter: Path, data: Path, *, split: str | None = None, weights: Path | None = None, device: str = "auto"
+) -> dict[str, Any]:
+    """Exact accuracy of an adapter, and of its encoder without it, on local labelled records.
+
+    Args:
+        adapter: an adapter file.
+        data: whatever ``DatasetConfig.path`` may name.
+        split: of a feature file or manifest.
+        weights, device: as in :func:`predict_images`.
+
+    Raises:
+        ModelError, DataError: as :func:`predict_images`; the data set's own.
+    """
+    loaded = load_adapter(adapter)
+    classes = loaded.metadata.classes
+    records = open_dataset(DatasetConfig(name=data.stem, path=data, split=split), classes=classes)
+    records.index()
+    features = _features(loaded, records, data, weights=weights, device=device)
+    zero = loaded.task.spec.initial(seed=b"zero-shot")
+    counts = {}
+    for name, tensors in (("zero_shot", zero), ("adapter", loaded.tensors)):
+        labels, _ = predict(loaded.task, tensors, features, device=device)
+        totals = np.bincount(records.labels, minlength=len(classes)).astype(np.float64)
+        hits = np.bincount(records.labels[labels == records.labels], minlength=len(classes)).astype(np.float64)
+        counts[name] = (hits, totals)
+    result: dict[str, Any] = {
+        name: {"accuracy": accuracy(*pair), "balanced_accuracy": balanced_accuracy(*pair)}
+        for name, pair in counts.items()
+    }
+    recalls = [[_recall(h, t) for h, t in zip(*counts[name], strict=True)] for name in ("zero_shot", "adapter")]
+    result["per_class"] = [list(row) for row in zip(classes, *recalls, strict=True)]
+    result["records"] = len(records)
+    return result
+
+
+def _features(adapter: Adapter, records: Dataset, data: Path, *, weights: Path | None, device: str) -> FloatFeatures:
+    """Raw features (n, d) of the records, refused where another encoder made them."""
+    if records.kind == "features":
+        adapter.check_encoder(read_feature_header(data).fingerprint)
+        return records.features()
+    return encode_dataset(records, encoder_of(adapter, weights=weights, device=device), None)
+
+
+def encoder_of(adapter: Adapter, *, weights: Path | None, device: str) -> Encoder:
+    """The encoder the adapter was trained on, checked by its fingerprint."""
+    facts = adapter.metadata
+    if facts.model == "features":
+        raise ModelError(
+            "FS-1669",
+            "an adapter trained on precomputed features, and images to encode",
+            expected="a feature file of the same origin",
+            cure="use `fedsecure evaluate --data FILE.npz`, or `fedsecure.load_adapter(...).predict(features)`",
+        )
+    if facts.pretrained == "file" and weights is None:
+        raise ModelError(
+            "FS-1668",
+            f"the adapter's encoder {facts.model!r} comes from a local file and none is named",
+            expected="--weights FILE, the encoder's weights",
+            cure="name the file the run was made with; its fingerprint is checked",
+        )
+    encoder = load_encoder(facts.model, str(weights) if weights else facts.pretrained, device=device)
+    adapter.check_encoder(encoder.fingerprint)
+    return encoder
+
+
+def _recall(hits: float, total: float) -> float | None:
+    return float(hits / total) if total else None

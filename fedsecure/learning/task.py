@@ -1,0 +1,87 @@
+"""What an adapter is trained for: per-record cross-entropy against fixed text embeddings (facmic.md §5.4-1).
+
+With a unit input a = unit(unit(x) − centre), prior rows P and τ = ``scale`` the logits are
+
+* linear (accuracy.md, "The best configuration"): τ·a·Pᵀ + a·Dᵀ; D = 0 is zero-shot;
+* facmic (facmic.md §1.2): z0 = a·√d, h = W1 z0 + b1, r = LeakyReLU(LayerNorm(h)), s = softmax(W2 r + b2),
+  z = unit(s ⊙ a), τ·z·Pᵀ (+ log prior); W2 = b2 = 0 makes s constant, so this too is zero-shot.
+
+``centre`` is a public mean of image features. Where there is one, the text rows are centred by their own mean, since
+images and texts live in different cones, and scaled back to unit length; where there is none (zeros) nothing is centred
+and round 0 is plain CLIP. Every term depends on one record and public constants only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsecure.errors import ModelError
+from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
+
+TINY = 1e-12
+# Over the classes of one image, uncentred cosines spread less than centred ones: by 2.0 with the image priors of the
+# UCF101 features and by 2.9 with the texts of the Caltech101 ones (CLIP ViT-B/32); this lies between.
+UNCENTRED = 2.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class HeadTask:
+    """A known adapter with its public constants.
+
+    Attributes:
+        spec: kind, d and K.
+        text: (K, d) float32 text embeddings; rows are brought to unit length where they are used.
+        centre: (d,) float32 public mean of unit image features, or zeros.
+        temperature: > 0, for centred cosines; ``scale`` is what the logits get.
+        log_prior: (K,) float32 added to the logits in training only (facmic.md §5.4-1), or None.
+
+    Raises:
+        ModelError: FS-1633 when a constant has another shape, is not finite, or τ ≤ 0.
+    """
+
+    spec: AdapterSpec
+    text: Float32
+    centre: Float32
+    temperature: float
+    log_prior: Float32 | None = None
+
+    def __post_init__(self) -> None:
+        d, k = self.spec.dimension, self.spec.classes
+        expected = {"text": (k, d), "centre": (d,), "log_prior": (k,)}
+        for name, shape in expected.items():
+            value = getattr(self, name)
+            if name == "log_prior" and value is None:
+                continue
+            if value.shape != shape or not bool(np.isfinite(value).all()):
+                raise ModelError(
+                    "FS-1633",
+                    f"{name} of shape {value.shape}",
+                    expected=f"finite values of shape {shape}",
+                    cure="use text embeddings and a public mean of the encoder and classes of this federation",
+                )
+        if not (np.isfinite(self.temperature) and self.temperature > 0):
+            raise ModelError(
+                "FS-1633",
+                f"temperature {self.temperature}",
+                expected="a finite value above 0",
+                cure="set method.temperature to auto or to a positive number",
+            )
+
+    @property
+    def scale(self) -> float:
+        """τ of the logits: ``temperature``, times 2.5 where there is no public mean to centre by."""
+        return self.temperature * (1.0 if self.centre.any() else UNCENTRED)
+
+    @property
+    def prior(self) -> Vector:
+        """P: (K, d) float64 unit rows, centred where the images are."""
+        rows = unit_rows(np.asarray(self.text, np.float64))
+        return unit_rows(rows - rows.mean(axis=0)) if self.centre.any() else rows
+
+
+def unit_rows(rows: npt.NDArray[np.float64]) -> Vector:
+    """Rows divided by their L2 norm; a zero row stays zero."""
+    return np.asarray(rows / np.maximum(np.linalg.norm(rows, axis=-1, keepdims=True), TINY), np.float64)

@@ -1,0 +1,51 @@
+"""Who is asked: the cohort of a question and the public numbers of its secure sum.
+
+The aggregator and every site compute both from the same settings.
+"""
+
+from __future__ import annotations
+
+from fedsecure.config import RunSettings
+from fedsecure.errors import IdentityError
+from fedsecure.identity.roster import Roster
+from fedsecure.methods.base import Cohort
+from fedsecure.secagg.thresholds import Thresholds
+
+
+def cohort_of(settings: RunSettings, *, trainers_only: bool) -> tuple[tuple[str, ...], Cohort]:
+    """Site ids in protocol order, and n, c and u_min (secagg.md §3.5)."""
+    sites = tuple(sorted(s for s, e in settings.sites.items() if e.role == "train" or not trainers_only))
+    rounds = settings.rounds
+    # A floor meant for the training cohort may not fit the larger one that evaluates.
+    floor = None if rounds.min_survivors == "auto" or not trainers_only else rounds.min_survivors
+    chosen = Thresholds.choose(
+        len(sites), colluders=None if rounds.colluders == "auto" else rounds.colluders, min_survivors=floor
+    )
+    return sites, Cohort(sites=len(sites), colluders=chosen.colluders, min_survivors=chosen.min_survivors)
+
+
+def check_roles(settings: RunSettings, roster: Roster) -> None:
+    """Refuse settings that give a site more to do than the signed roster does.
+
+    An observer counted as a trainer would be counted among those who add noise.
+
+    Raises:
+        IdentityError: FS-1450 a site is not in the roster, FS-1455 its role there does not allow the one here.
+    """
+    enrolled = {entry.site: entry.role for entry in roster.entries}
+    unknown = set(settings.sites) - set(enrolled)
+    if unknown:
+        raise IdentityError(
+            "FS-1450",
+            f"sites {sorted(unknown)} are in the configuration and not in the roster",
+            expected="every [sites] entry enrolled in the signed roster",
+            cure="enrol them, or remove them",
+        )
+    for site, entry in settings.sites.items():
+        if enrolled[site] not in ("train", entry.role):
+            raise IdentityError(
+                "FS-1455",
+                f"{site!r} is to {entry.role} and is enrolled to {enrolled[site]}",
+                expected="no more than the role in the signed roster",
+                cure="enrol the site with that role, or correct its entry under [sites]",
+            )

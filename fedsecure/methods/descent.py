@@ -1,0 +1,160 @@
+"""Federated DP gradient descent on an adapter over frozen features: the conversation that adapter methods share.
+
+With ``noise="distributed"`` (privacy.md §3.10) every round is one full-batch or Poisson step: a site answers with
+the sum of its units' clipped gradients, the doors' noise shares add up inside the secure sum, and the aggregator
+takes the step. With ``noise="local"`` a site takes all of a round's noisy steps itself and answers with its
+weighted change of the adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+from fedsecure.config import RunSettings
+from fedsecure.learning.adapters import AdapterKind, AdapterSpec
+from fedsecure.learning.engines import clipped_sum
+from fedsecure.learning.features import SiteFeatures
+from fedsecure.learning.task import HeadTask
+from fedsecure.learning.training import suggest, train_locally
+from fedsecure.messages import Aggregate, Answer, Segment, SiteState
+from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
+from fedsecure.methods.cohorts import cohort_of
+from fedsecure.privacy.grid import distributed_segment, exact_segment
+from fedsecure.privacy.plan import Privacy, PrivacyPlan
+
+# Local changes are real numbers of order learning rate; 2^-24 keeps rounding far below the noise they carry.
+DELTA_GRID = 2.0**-24
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterDescent:
+    """A method that trains one kind of adapter."""
+
+    name: str
+    version: str
+    kind: AdapterKind
+
+    # --- the aggregator's half --------------------------------------------------------------------------------------
+
+    def start(self, settings: RunSettings, cohort: Cohort) -> ServerState:
+        spec = self.spec(settings)
+        self.plan(settings, cohort)
+        return ServerState(step=0, tensors=spec.initial(seed=settings.name.encode()))
+
+    def ask(self, settings: RunSettings, cohort: Cohort, state: ServerState) -> Ask | None:
+        if state.step >= settings.method.rounds:
+            return None
+        plan = self.plan(settings, cohort)
+        return Ask(
+            method=self.name,
+            version=self.version,
+            inputs=state.tensors,
+            segments=(self.segment(settings, cohort, plan),),
+            events=plan.round_events,
+            trainers_only=True,
+        )
+
+    def absorb(self, settings: RunSettings, cohort: Cohort, state: ServerState, aggregate: Aggregate) -> ServerState:
+        spec = self.spec(settings)
+        current = spec.flatten(state.tensors)
+        if settings.privacy.noise == "distributed":
+            rate, _ = self.rate(settings, cohort)
+            expected = sum(settings.declared_units().values()) * settings.privacy.sampling_rate
+            following = current - rate * aggregate.values["gradient"] / expected
+        else:
+            following = current + aggregate.values["change"]
+        return ServerState(step=state.step + 1, tensors=spec.unflatten(following), facts=state.facts)
+
+    # --- a site's half ----------------------------------------------------------------------------------------------
+
+    def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
+        settings = release.settings
+        units = release.units("train")
+        assert units is not None, "only training sites are asked"
+        _, cohort = cohort_of(settings, trainers_only=True)
+        spec = self.spec(settings)
+        rate, _ = self.rate(settings, cohort)
+        task = self.task(settings, release.features)
+        norm = settings.privacy.max_grad_norm
+        if settings.privacy.noise == "distributed":
+            drawn = units if settings.privacy.sampling_rate == 1 else units.select(release.sample(len(units)))
+            values = clipped_sum(task, inputs, drawn, max_grad_norm=norm, engine=release.engine, device=release.device)
+            return Answer(values={"gradient": values}, units={"gradient": len(drawn)}), state
+        declared = settings.declared_units()
+        own = declared[release.site]
+        change = train_locally(
+            task,
+            inputs,
+            units,
+            steps=settings.method.local_steps,
+            learning_rate=rate,
+            max_grad_norm=norm,
+            normaliser=own * settings.privacy.sampling_rate,
+            sample=release.sample,
+            privatise=release.privatise,
+            engine=release.engine,
+            device=release.device,
+        )
+        weight = own / sum(declared.values())
+        return Answer(values={"change": weight * spec.flatten(change)}, units={"change": len(units)}), state
+
+    # --- what both halves compute alike from public numbers ---------------------------------------------------------
+
+    def spec(self, settings: RunSettings) -> AdapterSpec:
+        return AdapterSpec(kind=self.kind, dimension=settings.encoder.dimension, classes=len(settings.classes))
+
+    def task(self, settings: RunSettings, features: SiteFeatures) -> HeadTask:
+        """The adapter with the run's constants, as sites train and evaluate it."""
+        _, cohort = cohort_of(settings, trainers_only=True)
+        _, temperature = self.rate(settings, cohort)
+        return HeadTask(spec=self.spec(settings), text=features.text, centre=features.centre, temperature=temperature)
+
+    def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
+        """The run's privacy plan; the aggregator and every site compute the same."""
+        return _plan(settings.canonical(), cohort, self.spec(settings).parameters)
+
+    def rate(self, settings: RunSettings, cohort: Cohort) -> tuple[float, float]:
+        """Learning rate and temperature, as set or by the predicted signal-to-noise."""
+        rate, temperature = suggest(
+            self.kind,
+            mu_total=self.plan(settings, cohort).sum_mu,
+            units=sum(settings.declared_units().values()),
+            classes=len(settings.classes),
+            dimension=settings.encoder.dimension,
+            steps=settings.method.rounds * settings.method.local_steps,
+            max_grad_norm=settings.privacy.max_grad_norm,
+        )
+        chosen = settings.method
+        return (
+            rate if chosen.learning_rate == "auto" else chosen.learning_rate,
+            temperature if chosen.temperature == "auto" else chosen.temperature,
+        )
+
+    def segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan) -> Segment:
+        length = self.spec(settings).parameters
+        if settings.privacy.noise == "distributed":
+            return distributed_segment(
+                "gradient",
+                length,
+                clip_norm=settings.privacy.max_grad_norm,
+                noise_multiplier=plan.noise_multiplier,
+                honest=cohort.honest,
+                sites=cohort.sites,
+                units=max(settings.declared_units().values()),
+            )
+        return exact_segment("change", length, grid=DELTA_GRID, sites=cohort.sites)
+
+
+@lru_cache(maxsize=16)
+def _plan(canonical: str, cohort: Cohort, parameters: int) -> PrivacyPlan:
+    # Calibration under Poisson sampling takes seconds, and every round asks.
+    settings = RunSettings.parse(canonical)
+    return Privacy(**settings.privacy.model_dump()).plan(
+        parameters=parameters,
+        units=settings.declared_units(),
+        rounds=settings.method.rounds,
+        local_steps=settings.method.local_steps,
+        cohort=cohort,
+    )

@@ -1,0 +1,138 @@
+"""What an officer asks of a ledger: show, set, history, verify (privacy.md §3.9 and §7). Rows out, nothing printed.
+
+Each function opens the file itself, so that the chain and the copy of its head are checked before anything is said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fedsecure.messages import Population
+from fedsecure.privacy import accounting
+from fedsecure.privacy.ledger import POPULATIONS, Ledger
+from fedsecure.privacy.ledger_file import Limit
+from fedsecure.privacy.ledger_head import parse_head
+
+
+def show(ledger: Path | str, *, delta: float = 1e-5) -> list[dict[str, Any]]:
+    """Spent and allowed ε of each data set and population.
+
+    Args:
+        ledger: the site's ledger file; never created.
+        delta: δ of ``epsilon``; a limit is told, and what remains of it computed, at its own δ.
+
+    Returns:
+        Rows of ``dataset``, ``population``, ``epsilon`` (of the unit that has paid most, under any name),
+        ``releases`` charged under this name, ``limit_epsilon``, ``limit_delta`` and ``remaining``, the last three
+        ``None`` where no limit was set; a site's policy may be stricter.
+
+    Raises:
+        LedgerError: FS-1261 there is no file; others as for :class:`Ledger`.
+        PrivacyError: FS-1202 δ is out of range.
+    """
+    rows: list[dict[str, Any]] = []
+    with Ledger.open_existing(ledger) as opened:
+        limits = opened.limits()
+        history = opened.history()
+        for dataset in opened.datasets():
+            for population in POPULATIONS:
+                mine = [e for e in history if (e.dataset, e.population) == (dataset, population)]
+                paid = [e for e in mine if e.state == "RESERVED" and e.final != "VOID"]
+                limit = limits.get((dataset, population))
+                if not paid and limit is None:
+                    continue
+                left = None
+                if limit is not None:
+                    left = max(0.0, limit.epsilon - opened.epsilon(dataset, population, limit.delta))
+                rows.append(
+                    {
+                        "dataset": dataset,
+                        "population": population,
+                        "epsilon": opened.epsilon(dataset, population, delta),
+                        "releases": len(paid),
+                        "limit_epsilon": limit.epsilon if limit else None,
+                        "limit_delta": limit.delta if limit else None,
+                        "remaining": left,
+                    }
+                )
+    return rows
+
+
+def set_limit(
+    ledger: Path | str,
+    dataset: str,
+    *,
+    population: Population = "train",
+    epsilon: float,
+    delta: float = 1e-5,
+    reason: str,
+) -> dict[str, Any]:
+    """Record an officer's limit; the smaller of it and the site's policy decides from now on.
+
+    Args:
+        ledger: the site's ledger file; never created.
+        dataset: name as in the site's configuration.
+        population: ``"train"`` or ``"evaluation"``.
+        epsilon: finite, above 0; may be above or below the limit before.
+        delta: in (0, 1).
+        reason: a sentence for the record.
+
+    Returns:
+        The row of :func:`show`, and ``before``: the limit's ε until now, or ``None``.
+
+    Raises:
+        LedgerError: FS-1267 ε or δ is out of range, FS-1259 no name or reason, FS-1261 no file; as for :class:`Ledger`.
+    """
+    with Ledger.open_existing(ledger) as opened:
+        before = opened.limits().get((dataset, population))
+        opened.set_limit(dataset, population, Limit(epsilon, delta), reason=reason)
+    (row,) = [row for row in show(ledger, delta=delta) if (row["dataset"], row["population"]) == (dataset, population)]
+    return row | {"before": before.epsilon if before else None}
+
+
+def history(ledger: Path | str, *, dataset: str | None = None, delta: float = 1e-5) -> list[dict[str, Any]]:
+    """Every entry in order: charges, their ends, limits, and the ledger's own notes.
+
+    Returns:
+        Rows of ``seq``, ``utc``, ``state``, ``final``, ``dataset``, ``population``, ``run``, ``round``, ``attempt``,
+        ``epsilon`` (of this entry's events alone, ``None`` unless it is a charge), ``units`` (digest of the set, empty
+        where the name pays), ``limit_epsilon``, ``limit_delta``, ``reason``, ``note``, ``reservation``, ``hash``.
+
+    Raises:
+        LedgerError: FS-1261 there is no file; others as for :class:`Ledger`.
+    """
+    same = ("seq", "utc", "state", "final", "dataset", "population", "run", "round", "attempt", "units", "reason")
+    with Ledger.open_existing(ledger) as opened:
+        entries = opened.history(dataset)
+    return [
+        {
+            **{name: getattr(entry, name) for name in (*same, "note", "reservation", "hash")},
+            "epsilon": accounting.epsilon(entry.events, delta=delta) if entry.state == "RESERVED" else None,
+            "limit_epsilon": entry.limit.epsilon if entry.limit else None,
+            "limit_delta": entry.limit.delta if entry.limit else None,
+        }
+        for entry in entries
+    ]
+
+
+def verify(ledger: Path | str, *, head: str | None = None, renew: bool = False) -> dict[str, Any]:
+    """Check the chain, the unit sets and the copy of the head, and against a head that was noted earlier.
+
+    Args:
+        ledger: the site's ledger file; never created.
+        head: ``rows:hash`` from an earlier report or call; the ledger must still hold that row.
+        renew: write a lost or unreadable ``.head`` anew; needs ``head``, so that somebody has looked at another record.
+
+    Returns:
+        ``rows``, ``head`` as ``rows:hash``, and ``checked_against`` (the given head or ``None``).
+
+    Raises:
+        LedgerError: FS-1256 altered, FS-1262 older than a head, FS-1264 the copy is lost, FS-1266 ``head`` is no head,
+            or is missing for ``renew``; FS-1261 no file; others as for :class:`Ledger`.
+    """
+    known = None if head is None and not renew else parse_head(head or "")
+    with Ledger.open_existing(ledger, renew_head=known if renew else None) as opened:
+        rows = opened.verify(head=known)
+        number, digest = opened.head()
+    return {"rows": rows, "head": f"{number}:{digest}", "checked_against": head}

@@ -1,0 +1,253 @@
+"""What a run will cost and whether it can work, computed before any record is read (privacy.md §2.3 and §7).
+
+``Privacy`` is the public parameter set; its ``plan`` is a pure function of public numbers: noise multiplier,
+events, ε against each adversary, and the predicted signal-to-noise ratio, below which the run is refused
+instead of wasting the budget.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+from pydantic import ValidationError
+
+from fedsecure.config import PrivacyConfig
+from fedsecure.errors import ConfigError, PrivacyError
+from fedsecure.messages import Event
+from fedsecure.privacy import accounting
+
+
+class CohortNumbers(Protocol):
+    """The public numbers of secure aggregation a plan depends on; ``methods.base.Cohort`` has them."""
+
+    @property
+    def sites(self) -> int: ...
+
+    @property
+    def colluders(self) -> int: ...
+
+    @property
+    def min_survivors(self) -> int: ...
+
+    @property
+    def honest(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class PrivacyPlan:
+    """The price and the promise of a run; all numbers are public.
+
+    Attributes:
+        round_events: what one attempt of one round charges each site.
+        rounds: communication rounds.
+        attempts: rounds plus spare attempts: how often ``round_events`` may be charged within
+        ``target_epsilon``.
+        epsilon: ε(δ) when every attempt is used, against whoever sees the sums or models, and the aggregator
+            with at most c sites.
+        epsilon_expected: the same when no attempt fails.
+        epsilon_beyond: ε(δ) against the aggregator with more than c sites, all attempts used.
+        mu: μ of all attempts; ``None`` under Poisson sampling.
+        sum_noise_multiplier: noise of the sum of all sites, standard deviation over the clip norm.
+        sum_mu: √steps · q / sum_noise_multiplier over the expected rounds: the strength of the whole signal
+            of one unit, which the learning rate follows.
+        signal_to_noise: greatest norm of a step's summed signal over the expected norm of its noise.
+        parameters: p, trained parameters; units: declared training units by site.
+    """
+
+    round_events: tuple[Event, ...]
+    target_epsilon: float
+    delta: float
+    unit: Literal["patient", "record"]
+    noise: Literal["distributed", "local"]
+    noise_multiplier: float
+    rounds: int
+    local_steps: int
+    attempts: int
+    epsilon: float
+    epsilon_expected: float
+    epsilon_beyond: float
+    mu: float | None
+    sum_noise_multiplier: float
+    sum_mu: float
+    signal_to_noise: float
+    parameters: int
+    units: Mapping[str, int]
+    colluders: int
+
+    def table(self) -> list[tuple[str, str]]:
+        """Rows of label and value for printing."""
+        places = {"distributed": "shared by the sites, inside the secure sum", "local": "whole at each site"}
+        (event,) = self.round_events
+        sampling = "full batch" if event.sampling_rate == 1 else f"Poisson, rate {event.sampling_rate:g}"
+        return [
+            ("privacy unit", self.unit),
+            ("target", f"ε = {self.target_epsilon:g} at δ = {self.delta:g}"),
+            ("noise", places[self.noise]),
+            ("noise multiplier a step", f"{self.noise_multiplier:.4g}"),
+            ("sampling", sampling),
+            ("rounds × local steps", f"{self.rounds} × {self.local_steps}"),
+            ("spare attempts", f"{self.attempts - self.rounds}"),
+            ("ε if no attempt fails", f"{self.epsilon_expected:.3f}"),
+            ("ε at most", f"{self.epsilon:.3f}"),
+            (f"ε if more than {self.colluders} sites collude", f"{self.epsilon_beyond:.3f}"),
+            ("μ", "–" if self.mu is None else f"{self.mu:.4f}"),
+            ("trained parameters", f"{self.parameters:,}"),
+            ("declared units", ", ".join(f"{site} {count:,}" for site, count in self.units.items())),
+            ("predicted signal-to-noise", f"{self.signal_to_noise:.3g}"),
+        ]
+
+    def summary(self) -> str:
+        """The table as plain text."""
+        rows = self.table()
+        width = max(len(label) for label, _ in rows)
+        return "\n".join(f"{label:<{width}}  {value}" for label, value in rows)
+
+
+class Privacy(PrivacyConfig):
+    """What a run may learn about one privacy unit; see ``PrivacyConfig`` for the parameters.
+
+    Raises:
+        ConfigError: FS-1003 a parameter is unknown or out of range.
+    """
+
+    # A typed signature for callers, one clear error at run time.
+    if not TYPE_CHECKING:
+
+        def __init__(self, **values: Any) -> None:
+            try:
+                super().__init__(**values)
+            except ValidationError as error:
+                first = error.errors(include_url=False)[0]
+                key = ".".join(str(part) for part in first["loc"])
+                raise ConfigError(
+                    "FS-1003", f"Privacy: {key} = {first.get('input')!r:.80}", expected=str(first["msg"]),
+                    cure="see docs/configuration.md for every key",
+                ) from error  # fmt: skip
+
+    def plan(
+        self,
+        *,
+        parameters: int,
+        units: Mapping[str, int],
+        rounds: int,
+        cohort: CohortNumbers,
+        local_steps: int = 1,
+    ) -> PrivacyPlan:
+        """Noise, price and predicted signal of a run; reads no data.
+
+        Args:
+            parameters: p, number of trained parameters.
+            units: declared maximum number of units of every training site.
+            rounds: communication rounds.
+            cohort: number of sites, c and u_min.
+            local_steps: steps a site takes per round; 1 with distributed noise.
+
+        Raises:
+            PrivacyError: FS-1203 δ is not below 1 over a site's units; FS-1204 the signal would drown in the
+                noise; FS-1205 several local steps with distributed noise; FS-1211 a number is out of range.
+        """
+        _check_numbers(parameters, units, rounds, local_steps, cohort)
+        if self.noise == "distributed" and local_steps != 1:
+            raise PrivacyError(
+                "FS-1205", f"{local_steps} local steps with distributed noise",
+                expected="one step a round: each step's sum needs its own shared noise",
+                cure='set local_steps = 1, or noise = "local"',
+            )  # fmt: skip
+        largest = max(units, key=lambda site: units[site])
+        if self.delta * units[largest] >= 1:
+            raise PrivacyError(
+                "FS-1203", f"δ = {self.delta:g} with {units[largest]} units at {largest!r}",
+                expected=f"δ below 1/{units[largest]}, better below 1/{10 * units[largest]}",
+                cure="choose a smaller delta",
+            )  # fmt: skip
+        attempts = rounds + self.spare_attempts
+        z = (
+            accounting.calibrate(
+                self.target_epsilon,
+                self.delta,
+                steps=attempts * local_steps,
+                sampling_rate=self.sampling_rate,
+            )
+            if self.noise_multiplier == "auto"
+            else float(self.noise_multiplier)
+        )
+        distributed = self.noise == "distributed"
+        event = Event(
+            population="train",
+            purpose="training",
+            noise_multiplier=z,
+            local_noise_multiplier=z / math.sqrt(cohort.honest) if distributed else z,
+            sampling_rate=self.sampling_rate,
+            steps=local_steps,
+        )
+        sum_noise = z * math.sqrt(cohort.sites / cohort.honest if distributed else cohort.sites)
+        signal = self.sampling_rate * sum(units.values()) / (sum_noise * math.sqrt(parameters))
+        every = (event,) * attempts
+        plan = PrivacyPlan(
+            round_events=(event,),
+            target_epsilon=self.target_epsilon,
+            delta=self.delta,
+            unit=self.unit,
+            noise=self.noise,
+            noise_multiplier=z,
+            rounds=rounds,
+            local_steps=local_steps,
+            attempts=attempts,
+            epsilon=accounting.epsilon(every, delta=self.delta),
+            epsilon_expected=accounting.epsilon((event,) * rounds, delta=self.delta),
+            epsilon_beyond=accounting.epsilon(every, delta=self.delta, adversary="beyond"),
+            mu=accounting.mu(every),
+            sum_noise_multiplier=sum_noise,
+            sum_mu=self.sampling_rate * math.sqrt(rounds * local_steps) / sum_noise,
+            signal_to_noise=signal,
+            parameters=parameters,
+            units=dict(units),
+            colluders=cohort.colluders,
+        )
+        if signal < self.minimum_signal_to_noise:
+            smallest = min(units, key=lambda site: units[site])
+            raise PrivacyError(
+                "FS-1204",
+                f"predicted signal-to-noise {signal:.2g}: {sum(units.values())} units over {cohort.sites} sites "
+                f"(the smallest, {smallest!r}, has {units[smallest]}), "
+                f"{parameters:,} parameters, ε = {plan.epsilon:.3g}",
+                expected=f"at least {self.minimum_signal_to_noise:g}",
+                cure="a larger ε, "
+                + ("" if distributed else 'noise = "distributed", ')
+                + "a smaller adapter, fewer rounds, or more records",
+            )
+        return plan
+
+
+def _check_numbers(
+    parameters: int, units: Mapping[str, int], rounds: int, local_steps: int, cohort: CohortNumbers
+) -> None:
+    numbers = {
+        "parameters": parameters,
+        "rounds": rounds,
+        "local_steps": local_steps,
+        "training sites": len(units),
+    }
+    numbers |= {f"units of {site}": count for site, count in units.items()}
+    numbers["honest sites (u_min − c)"] = cohort.honest
+    for name, value in numbers.items():
+        if value < 1:
+            raise PrivacyError(
+                "FS-1211",
+                f"{name} = {value}",
+                expected="at least 1",
+                cure="mend the federation's configuration",
+            )
+
+
+def evaluation_noise_multiplier(target_epsilon: float, delta: float, *, releases: int) -> float:
+    """Noise multiplier of each of ``releases`` noised count vectors so that all together cost
+    ``target_epsilon`` at δ.
+
+    Raises:
+        PrivacyError: FS-1202 an argument is out of range.
+    """
+    return accounting.calibrate(target_epsilon, delta, steps=releases)

@@ -1,0 +1,384 @@
+"""The privacy report: what a run cost each site's units, against whom, and what it bought (privacy.md §7).
+
+Plain JSON with a published schema (``report.schema.json`` beside this file). Every ε is recomputed from the ledger's
+events, and the events are in the report, so that any reader can compute each figure again (``report_verify``).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from fedsecure.config import RunSettings
+from fedsecure.errors import PrivacyError
+from fedsecure.messages import Event, Population
+from fedsecure.privacy import accounting
+from fedsecure.privacy.ledger import Entry, Ledger
+from fedsecure.privacy.plan import PrivacyPlan
+from fedsecure.privacy.policy import collusion
+from fedsecure.privacy.report_text import ADVERSARIES, NOT_PROTECTED, SEEDED, assumptions, statement
+
+SCHEMA = "fedsecure/privacy-report"
+SCHEMA_VERSION = 1
+
+_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
+_FALSE_POSITIVES = tuple(10 ** (k / 8) for k in range(-32, 0))
+# Each further ε of a Poisson run costs a convolution.
+_MOST_STEPS = 12
+
+
+def site_report(
+    *,
+    site: str,
+    role: str,
+    run: str,
+    settings: RunSettings,
+    ledger: Ledger,
+    train_dataset: str | None,
+    evaluation_dataset: str | None,
+    delta: float,
+    plan: PrivacyPlan,
+    outcome: Mapping[str, Any] | None,
+    seeded: bool,
+) -> dict[str, Any]:
+    """One site's report of one run, as JSON-ready values.
+
+    Args:
+        site, role, run: who, as what, and the run's id in hexadecimal.
+        settings: the run's public settings.
+        ledger: the site's ledger; all figures come from its events.
+        train_dataset, evaluation_dataset: names under which the run was charged; ``None`` where nothing was private.
+        delta: δ of the figures.
+        plan: the run's plan, for the mechanism's numbers.
+        outcome: the aggregator's summary (attempts, evaluations), or ``None`` while the run goes on.
+        seeded: whether any noise came from a seed.
+
+    Returns:
+        An object valid under ``report.schema.json``, ``kind`` "site". A figure that is not finite is ``None``.
+    """
+    trainers = [name for name, entry in settings.sites.items() if entry.role == "train"]
+    colluders, survivors = collusion(settings, len(trainers))
+    charged: list[tuple[Population, str | None]] = [("train", train_dataset), ("evaluation", evaluation_dataset)]
+    budgets = {
+        population: _budget(ledger, dataset, population, run=run, delta=delta, colluders=colluders, survivors=survivors)
+        for population, dataset in charged
+        if dataset is not None
+    }
+    privacy = settings.privacy
+    number, digest = ledger.head()
+    return {
+        **_header("site", settings.name, run, seeded),
+        "site": site,
+        "role": role,
+        **headline(budgets, role=role, site=site, unit=privacy.unit, delta=delta, seeded=seeded),
+        "delta": delta,
+        "unit": privacy.unit,
+        "max_records_per_unit": privacy.max_records_per_unit,
+        "budgets": budgets,
+        "mechanism": _mechanism(settings, plan, seeded=seeded),
+        "secagg": {
+            "mode": "active",
+            "sites": len(trainers),
+            "colluders": colluders,
+            "min_survivors": survivors,
+        },
+        "rounds": _rounds(outcome),
+        "accuracy": _accuracy(settings, outcome),
+        "assumptions": assumptions(
+            unit=privacy.unit,
+            cap=privacy.max_records_per_unit,
+            noise=privacy.noise,
+            sampling_rate=privacy.sampling_rate,
+        ),
+        "not_protected": list(NOT_PROTECTED),
+        "ledger": {"rows": number, "head": digest},
+        "outcome": dict(outcome) if outcome is not None else None,
+    }  # fmt: skip
+
+
+def headline(
+    budgets: Mapping[Any, Mapping[str, Any]], *, role: str, site: str, unit: str, delta: float, seeded: bool
+) -> dict[str, Any]:
+    """``statement``, ``epsilon``, ``epsilon_evaluation`` and ``mu`` of one site, from its budgets."""
+    paid = {population: budget["this_run"] for population, budget in budgets.items() if budget["releases"]}
+    trained = paid.get("train")
+    none = 0.0 if role == "train" else None
+    evaluation = paid["evaluation"]["epsilon"] if "evaluation" in paid else None
+    attack = min(trained["attack"], key=lambda a: abs(float(a["fpr"]) - 0.01)) if trained else None
+    return {
+        "statement": statement(
+            role=role, site=site, unit=unit, delta=delta, epsilon=trained["epsilon"] if trained else None,
+            evaluation=evaluation, attack=attack, seeded=seeded,
+        ),
+        "epsilon": trained["epsilon"] if trained else none,
+        "epsilon_evaluation": evaluation,
+        "mu": trained["mu"] if trained else none,
+    }  # fmt: skip
+
+
+def network_report(sites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The reports of a run's sites as one; units are assumed to be at one site each, so ε is the largest.
+
+    Returns:
+        An object valid under ``report.schema.json``, ``kind`` "network".
+
+    Raises:
+        PrivacyError: FS-1230 there is none, or they are of different runs.
+    """
+    if len({(report["run"], report["delta"], report["unit"]) for report in sites}) != 1:
+        raise PrivacyError(
+            "FS-1230", f"{len(sites)} site reports that are not of one run", expected="at least one, all of one run",
+            cure="collect the reports of the same run folder",
+        )  # fmt: skip
+    first = sites[0]
+    trained = [report for report in sites if report["role"] == "train"]
+    worst = max(trained or sites, key=lambda r: math.inf if r["epsilon"] is None else r["epsilon"])
+    ended = max(sites, key=lambda report: len(report["rounds"]))
+    evaluated = [r["epsilon_evaluation"] for r in sites if r["epsilon_evaluation"] is not None]
+    seeded = any(report["seeded"] for report in sites)
+    return {
+        **{key: first[key] for key in ("schema", "schema_version", "federation", "run", "versions")},
+        "kind": "network",
+        "seeded": seeded,
+        "stamp": SEEDED if seeded else None,
+        "statement": statement(
+            role="train", site="a hospital of the network", unit=first["unit"], delta=first["delta"],
+            epsilon=worst["epsilon"], evaluation=max(evaluated, default=None), seeded=seeded,
+            attack=_attack_at(worst, 0.01),
+        ),
+        "epsilon": worst["epsilon"],
+        "epsilon_evaluation": max(evaluated, default=None),
+        "mu": worst["mu"],
+        **{
+            key: first[key]
+            for key in ("delta", "unit", "max_records_per_unit", "mechanism", "secagg", "assumptions", "not_protected")
+        },
+        "rounds": ended["rounds"],
+        "accuracy": ended["accuracy"],
+        "sites": sorted((dict(report) for report in sites), key=lambda report: str(report["site"])),
+    }  # fmt: skip
+
+
+def _header(kind: str, federation: str, run: str, seeded: bool) -> dict[str, Any]:
+    return {
+        "schema": SCHEMA,
+        "schema_version": SCHEMA_VERSION,
+        "kind": kind,
+        "federation": federation,
+        "run": run,
+        "seeded": seeded,
+        "stamp": SEEDED if seeded else None,
+        "versions": {
+            **{name: _version(name) for name in ("fedsecure", "numpy", "cryptography", "dp-accounting")},
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _budget(
+    ledger: Ledger,
+    dataset: str,
+    population: Population,
+    *,
+    run: str,
+    delta: float,
+    colluders: int,
+    survivors: int,
+) -> dict[str, Any]:
+    history = [entry for entry in ledger.history(dataset, population) if entry.state == "RESERVED"]
+    mine = [entry for entry in history if entry.run == run]
+    # What the unit has paid that has paid most, under any name; never less than this run.
+    run_events = _events(mine)
+    whole = max(
+        (list(ledger.spent(dataset, population, delta=delta)), run_events),
+        key=lambda events: accounting.epsilon(events, delta=delta),
+    )
+    return {
+        "dataset": dataset,
+        "this_run": price(run_events, delta, colluders=colluders, survivors=survivors),
+        "all_runs": price(whole, delta, colluders=colluders, survivors=survivors),
+        "all_runs_events": _compact(whole),
+        "runs": len({entry.run for entry in history if entry.final != "VOID"}),
+        "releases": _releases(mine, delta),
+    }
+
+
+def _compact(events: Iterable[Event]) -> list[dict[str, Any]]:
+    """All that ε depends on: equal events once, with their steps together."""
+    steps: Counter[tuple[float, float, float]] = Counter()
+    for event in events:
+        steps[event.noise_multiplier, event.local_noise_multiplier, event.sampling_rate] += event.steps
+    names = ("noise_multiplier", "local_noise_multiplier", "sampling_rate")
+    return [{**dict(zip(names, key, strict=True)), "steps": count} for key, count in sorted(steps.items())]
+
+
+def price(events: Sequence[Event], delta: float, *, colluders: int, survivors: int) -> dict[str, Any]:
+    """ε, μ, curve and attack power of some events, and ε against each adversary."""
+    outside = [
+        # Who runs no site faces the noise of all survivors, not only of those that do not collude.
+        replace(
+            event, noise_multiplier=max(event.noise_multiplier, event.local_noise_multiplier * math.sqrt(survivors))
+        )
+        if event.local_noise_multiplier < event.noise_multiplier
+        else event
+        for event in events
+    ]
+    views: list[tuple[str, Sequence[Event], accounting.Adversary]] = [
+        ("outsider", outside, "colluding"),
+        ("colluding", events, "colluding"),
+        ("beyond", events, "beyond"),
+    ]
+    return {
+        "epsilon": _finite(accounting.epsilon(events, delta=delta)),
+        "mu": accounting.mu(events),
+        "adversaries": [
+            {
+                "name": name,
+                "who": ADVERSARIES[name].format(c=colluders),
+                "epsilon": _finite(accounting.epsilon(seen, delta=delta, adversary=view)),
+                "mu": accounting.mu(seen, adversary=view),
+            }
+            for name, seen, view in views
+        ],
+        "curve": [{"delta": d, "epsilon": _finite(accounting.epsilon(events, delta=d))} for d in _DELTAS],
+        "attack": [{"fpr": fpr, "tpr": accounting.attack_bound(events, fpr)} for fpr in _FALSE_POSITIVES],
+    }
+
+
+def _releases(entries: Sequence[Entry], delta: float) -> list[dict[str, Any]]:
+    """Every charge with its events, its share of the whole, and ε after it."""
+    portions = shares([entry.events if entry.final != "VOID" else () for entry in entries])
+    poisson = any(event.sampling_rate < 1 for entry in entries for event in entry.events)
+    stride = max(1, -(-len(entries) // _MOST_STEPS)) if poisson else 1
+    rows: list[dict[str, Any]] = []
+    spent: list[Event] = []
+    for number, (entry, share) in enumerate(zip(entries, portions, strict=True), start=1):
+        spent += entry.events if entry.final != "VOID" else ()
+        known = number % stride == 0 or number == len(entries)
+        rows.append(
+            {
+                "round": entry.round,
+                "attempt": entry.attempt,
+                "utc": entry.utc,
+                "state": entry.final,
+                "reservation": entry.reservation,
+                "query_sha256": entry.query_sha256,
+                "events": [
+                    {
+                        "purpose": event.purpose,
+                        "noise_multiplier": event.noise_multiplier,
+                        "local_noise_multiplier": event.local_noise_multiplier,
+                        "sampling_rate": event.sampling_rate,
+                        "steps": event.steps,
+                    }
+                    for event in entry.events
+                ],
+                "share": share,
+                "epsilon_after": _finite(accounting.epsilon(spent, delta=delta)) if known else None,
+            }
+        )
+    return rows
+
+
+def shares(charges: Sequence[Iterable[Event]]) -> list[float]:
+    """Each charge's part of the whole to first order, Σ steps·q²/z²: exact parts of μ² for full batch."""
+    weights = [math.fsum(e.steps * e.sampling_rate**2 / e.noise_multiplier**2 for e in events) for events in charges]
+    whole = math.fsum(weights) or 1.0
+    return [weight / whole for weight in weights]
+
+
+def _events(entries: Iterable[Entry]) -> list[Event]:
+    return [event for entry in entries if entry.final != "VOID" for event in entry.events]
+
+
+def _mechanism(settings: RunSettings, plan: PrivacyPlan, *, seeded: bool) -> dict[str, Any]:
+    privacy = settings.privacy
+    (event,) = plan.round_events
+    full = privacy.sampling_rate == 1
+    return {
+        "method": settings.method.name,
+        "parameters": plan.parameters,
+        "noise": privacy.noise,
+        "noise_multiplier": plan.noise_multiplier,
+        "local_noise_multiplier": event.local_noise_multiplier,
+        "clip_norm": privacy.max_grad_norm,
+        "sampling": "full batch" if full else "Poisson",
+        "sampling_rate": privacy.sampling_rate,
+        "rounds_planned": plan.rounds,
+        "local_steps": plan.local_steps,
+        "spare_attempts": privacy.spare_attempts,
+        "target_epsilon": privacy.target_epsilon,
+        "signal_to_noise": plan.signal_to_noise,
+        "relation": "zero-out (REPLACE_SPECIAL); the number of units is public",
+        "accountant": "Gaussian DP, exact" if full else "privacy-loss distributions, pessimistic, grid 1e-3",
+        "generator": f"a seed: {SEEDED}" if seeded else "AES-256-CTR keyed by the operating system",
+        "declared_units": dict(plan.units),
+    }
+
+
+def _rounds(outcome: Mapping[str, Any] | None) -> list[dict[str, Any]]:
+    """Attempts in order: who was asked and how many are in the sum."""
+    return [
+        {
+            "round": record["round"],
+            "attempt": record["attempt"],
+            "stage": record["stage"],
+            "cohort": len(record["cohort"]),
+            "survivors": len(record["survivors"]) if "survivors" in record else None,
+            "aborted": record.get("aborted"),
+        }
+        for record in (outcome or {}).get("attempts", ())
+    ]
+
+
+def _accuracy(settings: RunSettings, outcome: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    evaluations: Mapping[str, Mapping[str, Any]] = (outcome or {}).get("evaluations", {})
+    if not evaluations:
+        return None
+    evaluated = [entry for entry in settings.sites.values() if entry.evaluation_units > 0]
+    stages = {
+        stage: {key: facts.get(key) for key in ("accuracy", "balanced_accuracy")}
+        for stage, facts in evaluations.items()
+    }
+    per_class = [
+        {"class": name, **{stage: _ratio(facts, index) for stage, facts in evaluations.items()}}
+        for index, name in enumerate(settings.classes)
+    ]
+    return {
+        "exact": all(entry.evaluation_public for entry in evaluated),
+        "before": stages.get("before"),
+        "after": stages.get("after"),
+        "per_class": per_class,
+    }
+
+
+def _ratio(facts: Mapping[str, Any], index: int) -> float | None:
+    """Hits over units of one class, both possibly noisy; ``None`` below one unit."""
+    hits, totals = facts.get("hits", ()), facts.get("totals", ())
+    if index >= len(totals) or totals[index] < 1:
+        return None
+    return min(1.0, max(0.0, float(hits[index]) / float(totals[index])))
+
+
+def _attack_at(report: Mapping[str, Any], fpr: float) -> Mapping[str, Any] | None:
+    budget = report["budgets"].get("train")
+    if budget is None or not budget["releases"]:
+        return None
+    found: Mapping[str, Any] = min(budget["this_run"]["attack"], key=lambda a: abs(a["fpr"] - fpr))
+    return found
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,8 @@
+"""The in-memory federation of the secure-aggregation tests serves here too."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "secagg"))

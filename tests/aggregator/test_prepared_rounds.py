@@ -1,0 +1,82 @@
+"""Keys set up ahead: three messages a round, new keys after a restart, and the same sums as without."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from federation_world import World
+
+from fedsecure.secagg.verify import verify_transcript
+from fedsecure.transport.memory import MemoryTransport
+from fedsecure.wire import federation_pb2 as pb
+
+
+class Counting(MemoryTransport):
+    """Counts what a site sends."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*arguments)
+        self.calls: Counter[str] = Counter()
+
+    def send(self, message: pb.PhaseMessage) -> None:
+        self.calls["send"] += 1
+        super().send(message)
+
+    def upload(self, header: pb.UploadHeader, payload: memoryview) -> None:
+        self.calls["upload"] += 1
+        super().upload(header, payload)
+
+
+@pytest.mark.parametrize(("prepared", "set_ups"), [(0, 0), (4, 1), (2, 2), (3, 2)])
+def test_a_prepared_round_takes_three_messages(tmp_path: Path, prepared: int, set_ups: int) -> None:
+    world = World(tmp_path, rounds=4, waits={"prepared_rounds": prepared})
+    world.start()
+    transport = Counting(world.coordinator, "site-1", world.gate)
+    world.run(world.take_part("site-1", transport=transport), *(world.take_part(n) for n in world.names[1:]))
+    assert not world.errors
+    evaluations, rounds = 2, world.rounds
+    small = 2 if prepared else 4
+    assert transport.calls == {"send": 4 * evaluations + small * rounds + 2 * set_ups, "upload": evaluations + rounds}
+
+
+def test_a_site_that_restarts_gets_new_keys_and_takes_part_again(tmp_path: Path) -> None:
+    world = World(tmp_path, sites=5, rounds=60, waits={"prepared_rounds": 64})
+    world.start()
+
+    def leaves_and_returns() -> None:
+        with world.client("site-2") as client:
+            for number, query in enumerate(client.queries()):
+                client.answer(query)
+                if number == 4:
+                    break
+        time.sleep(0.1)
+        world.take_part("site-2")()
+
+    world.run(leaves_and_returns, *(world.take_part(n) for n in world.names if n != "site-2"), seconds=120)
+    assert not world.errors
+    outcome = world.coordinator.outcome
+    assert outcome is not None
+    assert outcome["complete"]
+    assert not [a for a in outcome["attempts"] if "aborted" in a]
+    took_part = ["site-2" in a["survivors"] for a in outcome["attempts"]]
+    assert took_part[0]
+    assert took_part[-2], "in the last training round again"
+
+
+def test_recorded_rounds_verify_and_a_changed_byte_is_found(tmp_path: Path) -> None:
+    world = World(tmp_path, rounds=2, waits={"prepared_rounds": 0, "transcripts": True})
+    world.start()
+    world.run(*(world.take_part(name) for name in world.names))
+    assert not world.errors
+    files = sorted(tmp_path.glob("aggregator/runs/*/transcripts/*.transcript"))
+    assert len(files) == 4
+    for file in files:
+        assert verify_transcript(file).ok
+    raw = bytearray(files[1].read_bytes())
+    raw[len(raw) // 2] ^= 1
+    files[1].write_bytes(bytes(raw))
+    assert not verify_transcript(files[1]).ok

@@ -1,0 +1,170 @@
+"""The feature cache: encoded once ever, private, bounded, and damage is a miss."""
+
+from __future__ import annotations
+
+import sqlite3
+import stat
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedsecure.data.dataset import Dataset, Subset
+from fedsecure.data.loading import from_arrays
+from fedsecure.data.phantoms import CLASSES, SITES, generate
+from fedsecure.errors import DataError, EnvironmentProblem
+from fedsecure.learning.encoding import encode_dataset
+from fedsecure.vision.cache import FeatureCache
+from fedsecure.vision.encoder import Encoder, load_encoder
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Encoder:
+    return load_encoder("fedsecure-tiny", "bundled", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def scans() -> Dataset:
+    images, labels = generate(2, seed=4, acquisition=SITES["site_a"])
+    return from_arrays(images, labels, classes=CLASSES)
+
+
+@pytest.fixture
+def encoded(tiny: Encoder, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many images each call of the encoder got."""
+    calls: list[int] = []
+    genuine = tiny.encode_images
+
+    def counting(images: Any, **options: Any) -> Any:
+        calls.append(len(images))
+        return genuine(images, **options)
+
+    monkeypatch.setattr(tiny, "encode_images", counting)
+    return calls
+
+
+def test_each_image_once_ever(tiny: Encoder, scans: Dataset, tmp_path: Path, encoded: list[int]) -> None:
+    first = encode_dataset(scans, tiny, FeatureCache(tmp_path / "c"))
+    again = encode_dataset(scans, tiny, FeatureCache(tmp_path / "c"))
+    assert encoded == [8]
+    assert first.tobytes() == again.tobytes()
+    assert first.tobytes() == encode_dataset(scans, tiny, None).tobytes()
+    assert first.shape == (8, 64)
+    assert first.dtype == np.float32
+
+
+def test_only_what_is_new(tiny: Encoder, scans: Dataset, tmp_path: Path, encoded: list[int]) -> None:
+    cache = FeatureCache(tmp_path)
+    part = encode_dataset(Subset(scans, [6, 1]), tiny, cache)
+    seen: list[tuple[int, int]] = []
+    whole = encode_dataset(scans, tiny, cache, progress=lambda *x: seen.append(x))
+    assert encoded == [2, 6]
+    assert seen == [(2, 8), (8, 8)]
+    np.testing.assert_array_equal(whole[[6, 1]], part)
+
+
+def test_equal_images_are_encoded_once(tiny: Encoder, tmp_path: Path, encoded: list[int]) -> None:
+    images, _ = generate(1, seed=4, acquisition=SITES["site_a"])
+    double = from_arrays(np.concatenate([images, images]), np.zeros(8, int), classes=CLASSES)
+    features = encode_dataset(double, tiny, FeatureCache(tmp_path))
+    assert encoded == [4]
+    np.testing.assert_array_equal(features[:4], features[4:])
+
+
+def test_another_encoder_shares_nothing(
+    tiny: Encoder, scans: Dataset, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = FeatureCache(tmp_path)
+    encode_dataset(scans, tiny, cache)
+    monkeypatch.setattr(tiny, "fingerprint", "0" * 64)
+    encode_dataset(scans, tiny, cache)
+    assert encoded == [8, 8]
+    assert len(cache) == 16
+
+
+@pytest.mark.parametrize("column", ["vector", "checksum"])
+def test_damaged_row_is_a_miss_and_is_mended(
+    tiny: Encoder, scans: Dataset, tmp_path: Path, encoded: list[int], column: str
+) -> None:
+    cache = FeatureCache(tmp_path)
+    good = encode_dataset(scans, tiny, cache)
+    with closing(sqlite3.connect(tmp_path / "features.sqlite")) as db:
+        db.execute(
+            f"UPDATE features SET {column} = zeroblob(length({column})) WHERE content = ?", (scans.content_key(3),)
+        )
+        db.commit()
+    np.testing.assert_allclose(encode_dataset(scans, tiny, cache), good, atol=1e-4)
+    encode_dataset(scans, tiny, cache)
+    assert encoded == [8, 1]
+
+
+@pytest.mark.parametrize("content", [b"garbage" * 1000, b"SQLite format 3\0" + b"\xff" * 5000])
+def test_damaged_file_is_begun_again(
+    tiny: Encoder, scans: Dataset, tmp_path: Path, encoded: list[int], content: bytes
+) -> None:
+    cache = FeatureCache(tmp_path)
+    good = encode_dataset(scans, tiny, cache)
+    (tmp_path / "features.sqlite").write_bytes(content)
+    assert encode_dataset(scans, tiny, cache).tobytes() == good.tobytes()
+    assert encode_dataset(scans, tiny, cache).tobytes() == good.tobytes()
+    assert encoded == [8, 8]
+
+
+def test_private(tiny: Encoder, scans: Dataset, tmp_path: Path) -> None:
+    folder = tmp_path / "c"
+    folder.mkdir(mode=0o755)
+    encode_dataset(scans, tiny, FeatureCache(folder))
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert stat.S_IMODE((folder / "features.sqlite").stat().st_mode) == 0o600
+
+
+def test_bounded(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path, max_bytes=200_000)
+    for batch in range(20):
+        keys = [bytes([batch, i]) for i in range(50)]
+        cache.put("f", {k: np.full(64, batch, np.float32) for k in keys})
+    assert (tmp_path / "features.sqlite").stat().st_size < 500_000
+    assert 50 < len(cache) < 1000
+    assert cache.get("f", [bytes([0, 0])], dimension=64) == {}
+    newest = cache.get("f", [bytes([19, 49])], dimension=64)
+    np.testing.assert_array_equal(newest[bytes([19, 49])], np.full(64, 19, np.float32))
+
+
+def test_other_width_is_a_miss(tmp_path: Path) -> None:
+    cache = FeatureCache(tmp_path)
+    cache.put("f", {b"k": np.ones(8, np.float32)})
+    assert cache.get("f", [b"k"], dimension=4) == {}
+
+
+def test_stopped_run_keeps_what_it_has(
+    tiny: Encoder, scans: Dataset, tmp_path: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedsecure.learning.encoding._CHUNK", 4)
+    cache = FeatureCache(tmp_path)
+
+    def stop(done: int, total: int) -> None:
+        if done == 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        encode_dataset(scans, tiny, cache, progress=stop)
+    encode_dataset(scans, tiny, cache)
+    assert encoded == [4, 4]
+
+
+def test_feature_data_sets_are_refused(tiny: Encoder, tmp_path: Path) -> None:
+    vectors = from_arrays(np.eye(4), [0, 1, 2, 3], classes=CLASSES)
+    with pytest.raises(DataError, match="FS-1123"):
+        encode_dataset(vectors, tiny, FeatureCache(tmp_path))
+
+
+def test_unusable_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentProblem, match="FS-1813"):
+        FeatureCache(tmp_path / "file" / "cache")
+    cache = FeatureCache(tmp_path / "c")
+    (tmp_path / "c" / "features.sqlite").mkdir()
+    with pytest.raises(EnvironmentProblem, match="FS-1813"):
+        len(cache)

@@ -1,0 +1,348 @@
+"""The report: figures recomputed from the ledger, valid under the published schema, and a page that fetches nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+from fedsecure.config import RunSettings
+from fedsecure.errors import EnvironmentProblem, PrivacyError
+from fedsecure.messages import Event
+from fedsecure.methods.base import Cohort
+from fedsecure.privacy import accounting
+from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.plan import Privacy, PrivacyPlan
+from fedsecure.privacy.report import network_report, site_report
+from fedsecure.privacy.report_html import load_report, render_html, write_html
+
+RUN = "0123456789abcdef" * 2
+DIGEST = hashlib.sha256(b"q").digest()
+SITES = ("north", "south", "west")
+
+
+def run_settings(**privacy: Any) -> RunSettings:
+    return RunSettings(
+        name="trial <b>one</b>",
+        classes=("glioma", "meningioma", "no tumour", "pituitary"),
+        encoder={"dimension": 64, "fingerprint": "0" * 64},  # type: ignore[arg-type]
+        privacy=privacy,  # type: ignore[arg-type]
+        method={"rounds": 6},  # type: ignore[arg-type]
+        sites={  # type: ignore[arg-type]
+            **{site: {"max_units": 100 * k} for k, site in enumerate(SITES, 3)},
+            "rest": {"role": "evaluate", "evaluation_units": 80},
+        },
+    )
+
+
+def run_plan(settings: RunSettings) -> PrivacyPlan:
+    return Privacy(**settings.privacy.model_dump()).plan(
+        parameters=256,
+        units=settings.declared_units(),
+        rounds=6,
+        cohort=Cohort(sites=3, colluders=1, min_survivors=3),
+    )
+
+
+def outcome() -> dict[str, Any]:
+    attempts: list[dict[str, Any]] = [
+        {"round": 0, "attempt": 0, "stage": "before", "cohort": [1] * 4, "survivors": [1] * 4}
+    ]
+    attempts.append({"round": 1, "attempt": 0, "stage": "training", "cohort": [1] * 3, "aborted": "south was lost"})
+    attempts += [
+        {"round": k, "attempt": int(k == 1), "stage": "training", "cohort": [1] * 3, "survivors": [1] * 3}
+        for k in range(1, 7)
+    ]
+    counts = {
+        "before": {"accuracy": 0.41, "balanced_accuracy": 0.4, "hits": [5, 9, 12, 7.2], "totals": [20, 20.3, 20, 20]},
+        "after": {"accuracy": 0.83, "balanced_accuracy": 0.81, "hits": [15, 16, 19, 18], "totals": [20, 20.1, 20, 20]},
+    }
+    return {"complete": True, "attempts": attempts, "evaluations": counts, "rounds": 6}
+
+
+def spend(folder: Path, site: str, events: tuple[Event, ...], *, rounds: int = 6, run: str = RUN) -> Ledger:
+    ledger = Ledger(folder / f"{site}.db")
+    for number in range(rounds):
+        made = ledger.reserve(
+            dataset=f"{site} scans",
+            population=events[0].population,
+            events=events,
+            run=run,
+            round=number,
+            attempt=0,
+            query_digest=DIGEST,
+            limit_epsilon=50.0,
+            delta=1e-5,
+        )
+        if number != 1:
+            ledger.commit(made, DIGEST)
+    return ledger
+
+
+def trainer(folder: Path, site: str = "north", *, seeded: bool = False, **privacy: Any) -> dict[str, Any]:
+    settings = run_settings(**privacy)
+    plan = run_plan(settings)
+    with spend(folder, site, plan.round_events) as ledger:
+        return site_report(
+            site=site, role="train", run=RUN, settings=settings, ledger=ledger, train_dataset=f"{site} scans",
+            evaluation_dataset=None, delta=1e-5, plan=plan, outcome=outcome(), seeded=seeded,
+        )  # fmt: skip
+
+
+def evaluator(folder: Path, *, dataset: str | None = "rest scans") -> dict[str, Any]:
+    settings = run_settings()
+    event = Event("evaluation", "evaluation counts", 4.0, 4.0)
+    with spend(folder, "rest", (event,), rounds=2) as ledger:
+        return site_report(
+            site="rest", role="evaluate", run=RUN, settings=settings, ledger=ledger, train_dataset=None,
+            evaluation_dataset=dataset, delta=1e-5, plan=run_plan(settings), outcome=outcome(), seeded=False,
+        )  # fmt: skip
+
+
+def network(folder: Path, **changes: Any) -> dict[str, Any]:
+    return network_report([evaluator(folder), *(trainer(folder, site, **changes) for site in SITES)])
+
+
+def validate(report: dict[str, Any]) -> None:
+    schema = json.loads(resources.files("fedsecure.privacy").joinpath("report.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(json.loads(json.dumps(report, allow_nan=False)))
+
+
+def test_figures_are_recomputed_from_the_ledger(tmp_path: Path) -> None:
+    report = trainer(tmp_path)
+    validate(report)
+    (event,) = run_plan(run_settings()).round_events
+    assert report["epsilon"] == accounting.epsilon([event] * 6, delta=1e-5)
+    price = report["budgets"]["train"]["this_run"]
+    outsider, colluding, beyond = (entry["epsilon"] for entry in price["adversaries"])
+    assert outsider < colluding == report["epsilon"] < beyond
+    assert beyond == accounting.epsilon([event] * 6, delta=1e-5, adversary="beyond")
+    # All three sites' noise against an outsider: z·√(3/2).
+    assert price["adversaries"][0]["mu"] == pytest.approx(report["mu"] / (3 / 2) ** 0.5)
+    releases = report["budgets"]["train"]["releases"]
+    assert [row["state"] for row in releases] == ["COMMITTED", "RESERVED", *["COMMITTED"] * 4]
+    assert sum(row["share"] for row in releases) == pytest.approx(1)
+    assert releases[-1]["epsilon_after"] == report["epsilon"]
+    assert [row["aborted"] for row in report["rounds"]].count("south was lost") == 1
+    assert f"{report['epsilon']:.2f}" in report["statement"]
+
+
+def test_other_runs_on_the_same_data_are_shown_and_voids_are_not_charged(tmp_path: Path) -> None:
+    settings = run_settings()
+    plan = run_plan(settings)
+    spend(tmp_path, "north", plan.round_events, rounds=3, run="f" * 32).close()
+    with spend(tmp_path, "north", plan.round_events) as ledger:
+        voided = next(e for e in ledger.history() if e.final == "RESERVED" and e.run == RUN)
+        ledger.void(voided.reservation, "the aggregator was gone before the upload")
+        report = site_report(
+            site="north", role="train", run=RUN, settings=settings, ledger=ledger, train_dataset="north scans",
+            evaluation_dataset=None, delta=1e-5, plan=plan, outcome=None, seeded=False,
+        )  # fmt: skip
+    validate(report)
+    budget = report["budgets"]["train"]
+    assert budget["runs"] == 2
+    assert report["epsilon"] == accounting.epsilon(plan.round_events * 5, delta=1e-5)
+    assert budget["all_runs"]["epsilon"] == accounting.epsilon(plan.round_events * 8, delta=1e-5)
+    assert [row["share"] for row in budget["releases"]][1] == 0.0
+    (event,) = plan.round_events
+    assert budget["all_runs_events"] == [
+        {
+            "noise_multiplier": event.noise_multiplier,
+            "local_noise_multiplier": event.local_noise_multiplier,
+            "sampling_rate": 1.0,
+            "steps": 8,
+        }
+    ]
+    assert report["accuracy"] is None
+    assert report["rounds"] == []
+
+
+def test_what_the_units_paid_under_another_name_is_in_all_runs(tmp_path: Path) -> None:
+    settings, plan = run_settings(), run_plan(run_settings())
+    (event,) = plan.round_events
+    with Ledger(tmp_path / "north.db") as ledger:
+        for number, (name, run) in enumerate([("old name", "f" * 32), ("north scans", RUN)]):
+            ledger.reserve(
+                dataset=name, population="train", events=(event,), run=run, round=number, attempt=0,
+                query_digest=DIGEST, limit_epsilon=50.0, delta=1e-5, units=ledger.hash_units(["patient/1"]),
+            )  # fmt: skip
+        report = site_report(
+            site="north", role="train", run=RUN, settings=settings, ledger=ledger, train_dataset="north scans",
+            evaluation_dataset=None, delta=1e-5, plan=plan, outcome=None, seeded=False,
+        )  # fmt: skip
+    validate(report)
+    budget = report["budgets"]["train"]
+    assert report["epsilon"] == budget["this_run"]["epsilon"] == accounting.epsilon([event], delta=1e-5)
+    assert budget["all_runs"]["epsilon"] == accounting.epsilon([event] * 2, delta=1e-5)
+
+
+def test_poisson_and_local_noise_reports(tmp_path: Path) -> None:
+    report = trainer(tmp_path, sampling_rate=0.3, noise_multiplier=2.0)
+    validate(report)
+    assert report["mu"] is None
+    assert report["mechanism"]["sampling"] == "Poisson"
+    assert 0 < report["epsilon"] <= 8.0
+    attack = report["budgets"]["train"]["this_run"]["attack"]
+    assert all(low["tpr"] <= high["tpr"] for low, high in itertools.pairwise(attack))
+    local = trainer(tmp_path, "south", noise="local")
+    assert len({entry["epsilon"] for entry in local["budgets"]["train"]["this_run"]["adversaries"]}) == 1
+
+
+def test_evaluation_sites(tmp_path: Path) -> None:
+    private = evaluator(tmp_path)
+    validate(private)
+    assert private["epsilon"] is None
+    assert private["epsilon_evaluation"] == accounting.epsilon([Event("evaluation", "x", 4.0, 4.0, 1.0, 2)], delta=1e-5)
+    (tmp_path / "p").mkdir()
+    public = evaluator(tmp_path / "p", dataset=None)
+    validate(public)
+    assert public["epsilon_evaluation"] is None
+    assert "nothing about private units" in public["statement"]
+
+
+def test_network_report_takes_the_largest_and_keeps_every_site(tmp_path: Path) -> None:
+    report = network(tmp_path)
+    validate(report)
+    assert [site["site"] for site in report["sites"]] == ["north", "rest", "south", "west"]
+    assert report["epsilon"] == max(site["epsilon"] for site in report["sites"] if site["role"] == "train")
+    assert report["epsilon_evaluation"] == report["sites"][1]["epsilon_evaluation"]
+    assert report["accuracy"]["per_class"][0] == {"class": "glioma", "before": 0.25, "after": 0.75}
+
+
+def test_reports_of_different_runs_do_not_merge(tmp_path: Path) -> None:
+    one = trainer(tmp_path)
+    for reports in ([], [one, one | {"run": "f" * 32}]):
+        with pytest.raises(PrivacyError, match="FS-1230"):
+            network_report(reports)
+
+
+def test_the_schema_refuses_what_is_missing_or_extra(tmp_path: Path) -> None:
+    report = trainer(tmp_path)
+    for broken in (
+        {key: value for key, value in report.items() if key != "delta"},
+        report | {"surprise": 1},
+        report | {"seeded": "no"},
+        report | {"delta": 1.5},
+    ):
+        with pytest.raises(jsonschema.ValidationError):
+            validate(broken)
+
+
+def test_a_seeded_run_is_stamped_everywhere(tmp_path: Path) -> None:
+    report = trainer(tmp_path, seeded=True)
+    validate(report)
+    assert report["stamp"] == "NO PRIVACY (seeded)"
+    assert report["statement"].startswith("NO PRIVACY (seeded)")
+    assert "seed" in report["mechanism"]["generator"]
+    merged = network_report([report, trainer(tmp_path, "south")])
+    assert merged["stamp"] == "NO PRIVACY (seeded)"
+    assert '<p class="stamp">NO PRIVACY (seeded)</p>' in render_html(merged)
+    assert "NO PRIVACY" not in render_html(trainer(tmp_path, "west"))
+
+
+class Page(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fetched: list[str] = []
+        self.tags: list[str] = []
+        self.open: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+        self.fetched += [
+            str(v) for k, v in attrs if k in ("src", "href", "srcset", "data") and not str(v).startswith("data:")
+        ]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_the_page_is_whole_and_fetches_nothing(tmp_path: Path) -> None:
+    report = network(tmp_path)
+    write_html(report, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    page = Page()
+    page.feed(text)
+    assert page.open == []
+    assert page.fetched == []
+    assert page.tags.count("img") == 4
+    assert not {"script", "link", "iframe"} & set(page.tags)
+    assert not re.search(r"@import|url\(", text)
+    assert f"{report['epsilon']:.3f}" in text
+    assert "83.0%" in text
+    assert "south was lost" in text
+    # A federation's name is text, never markup.
+    assert "trial &lt;b&gt;one&lt;/b&gt;" in text
+
+
+NIST = (
+    "Unit and definition", "Mechanism", "Composition", "Trust model", "Data collection and exposure",
+    "Hazards and limits", "Utility", "Provenance",
+)  # fmt: skip
+
+
+def test_the_sections_are_in_the_order_of_nist_sp_800_226(tmp_path: Path) -> None:
+    (tmp_path / "alone").mkdir()
+    for report in (network(tmp_path), evaluator(tmp_path / "alone", dataset=None)):
+        headings = re.findall(r"<h2><span>(\d)</span> ([^<]+)</h2>", render_html(report))
+        assert headings == [(str(number), name) for number, name in enumerate(NIST, 1)]
+
+
+def test_signed_reports_say_whose_they_are(tmp_path: Path) -> None:
+    report = trainer(tmp_path)
+    assert "Ed25519" not in render_html(report).split("Provenance")[1]
+    signature = {"algorithm": "Ed25519", "site": "north", "value": "ab" * 64}
+    validate(report | {"signature": signature})
+    assert "by the identity key of north <code>abababababababab…" in render_html(report | {"signature": signature})
+
+
+@pytest.mark.parametrize(
+    "privacy", [{"sampling_rate": 0.3, "noise_multiplier": 2.0}, {"noise": "local", "unit": "record"}]
+)
+def test_pages_of_single_sites(tmp_path: Path, privacy: dict[str, Any]) -> None:
+    assert "site <strong>north</strong>" in render_html(trainer(tmp_path, **privacy))
+    assert "evaluates" in render_html(evaluator(tmp_path, dataset=None))
+
+
+def test_reading_a_report_back(tmp_path: Path) -> None:
+    report = trainer(tmp_path)
+    file = tmp_path / "report.json"
+    file.write_text(json.dumps(report))
+    assert load_report(file) == json.loads(json.dumps(report))
+    file.write_text(json.dumps(report | {"schema_version": 2}))
+    with pytest.raises(PrivacyError, match="FS-1233"):
+        load_report(file)
+    for text in ("{", "[]", '{"schema": "other"}'):
+        file.write_text(text)
+        with pytest.raises(PrivacyError, match="FS-1232"):
+            load_report(file)
+    with pytest.raises(PrivacyError, match="FS-1232"):
+        load_report(tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, missing: str) -> None:
+    for name in [name for name in sys.modules if name.split(".")[0] == missing]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(EnvironmentProblem, match=r"FS-1815.*fedsecure\[report\]"):
+        render_html(trainer(tmp_path))
+
+
+def test_the_published_schema_is_the_package_s() -> None:
+    published = Path(__file__).parents[2] / "docs" / "report-schema.json"
+    assert (
+        published.resolve() == Path(str(resources.files("fedsecure.privacy").joinpath("report.schema.json"))).resolve()
+    )

@@ -1,0 +1,226 @@
+"""The service over real sockets and mutual TLS: what breaks inside stays inside, and one site's flood is its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from federation_world import World
+
+from fedsecure.aggregator import service as module
+from fedsecure.aggregator.service import start
+from fedsecure.errors import FedsecureError, RunError, TransportError
+from fedsecure.identity.provision import load_identity
+from fedsecure.messages import digest_tensor
+from fedsecure.transport.channel import GrpcTransport
+from fedsecure.transport.status import from_details, printable, to_details
+from fedsecure.transport.tensors import unpack_tensor
+from fedsecure.wire import federation_pb2 as pb
+
+
+class Served:
+    """A coordinator behind gRPC in a thread of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.world = World(folder, waits={"silence_seconds": 60.0})
+        self.core = self.world.start()
+        identity = load_identity(folder / "keys" / "aggregator" / "identity")
+        self.loop = asyncio.new_event_loop()
+        ready: list[Any] = []
+
+        async def begin() -> None:
+            ready.extend(await start(self.core, identity, "127.0.0.1:0"))
+
+        self.loop.run_until_complete(begin())
+        self.server, self.service, self.port = ready
+        self.ticking = self.loop.create_task(self.service.run())
+        self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self.thread.start()
+        self.tokens = {name: os.urandom(16) for name in self.world.names}
+        self.lines: list[GrpcTransport] = []
+
+    def line(self, name: str) -> GrpcTransport:
+        identity = load_identity(self.world.folder / "keys" / "sites" / name / "identity")
+        self.lines.append(GrpcTransport(f"localhost:{self.port}", identity, connect_seconds=2.0))
+        return self.lines[-1]
+
+    def joined(self, name: str) -> GrpcTransport:
+        line = self.line(name)
+        roster = self.core._identity.roster
+        line.join(pb.JoinRequest(protocol=1, session=self.tokens[name], roster_hash=roster.hash))
+        return line
+
+    def stop(self) -> None:
+        for line in self.lines:
+            line.close()
+
+        async def end() -> None:
+            self.ticking.cancel()
+            await asyncio.gather(self.ticking, return_exceptions=True)
+            await self.server.stop(grace=0)
+
+        asyncio.run_coroutine_threadsafe(end(), self.loop).result(10)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join(10)
+        self.loop.close()
+
+
+@pytest.fixture
+def served(tmp_path: Path) -> Iterator[Served]:
+    service = Served(tmp_path)
+    yield service
+    service.stop()
+
+
+def test_a_defect_inside_is_a_code_outside_and_the_service_goes_on(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    line = served.joined("site-1")
+
+    def breaks(*_: Any) -> None:
+        raise AssertionError("a path, a key, a count")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(served.core, "send", breaks)
+        with pytest.raises(RunError, match="FS-1718") as caught:
+            line.send(pb.PhaseMessage(session=served.tokens["site-1"]))
+    assert "a path" not in str(caught.value)
+    assert "a path" in caplog.text, "the aggregator's own log has it"
+    line.beat(pb.BeatRequest(session=served.tokens["site-1"], leaving="none"))
+
+
+def question(served: Served) -> tuple[dict[str, GrpcTransport], pb.Ask]:
+    lines = {name: served.joined(name) for name in served.world.names}
+    directive = lines["site-1"].next(pb.NextRequest(session=served.tokens["site-1"]))
+    assert directive.WhichOneof("kind") == "ask"
+    return lines, directive.ask
+
+
+def test_tensors_travel_whole(served: Served) -> None:
+    lines, ask = question(served)
+    value = np.zeros((3, 16), np.float32)
+    digest = digest_tensor("D", value)
+    blob = lines["site-2"].fetch(pb.FetchRequest(session=served.tokens["site-2"], digest=digest))
+    np.testing.assert_array_equal(unpack_tensor("D", digest, blob), value)
+    with pytest.raises(RunError, match="FS-1704"):
+        lines["site-2"].fetch(pb.FetchRequest(session=served.tokens["site-2"], digest=bytes(32)))
+    with pytest.raises(RunError, match="FS-1705"):
+        lines["site-2"].fetch(pb.FetchRequest(session=bytes(16), digest=digest))
+    assert ask.descriptor
+
+
+def header_for(served: Served, size: int) -> pb.UploadHeader:
+    assert served.core._attempt is not None
+    return pb.UploadHeader(session=served.tokens["site-1"], ctx=served.core._attempt.ctx, header=b"x", size=size)
+
+
+def test_an_upload_that_does_not_fit_is_refused_at_its_header(served: Served) -> None:
+    lines, _ = question(served)
+    assert served.core._attempt is not None
+    size = 4 * served.core._attempt.query.length
+    with pytest.raises(TransportError, match="FS-1504"):
+        lines["site-1"].upload(header_for(served, 1 << 40), memoryview(bytes(8)))
+    with pytest.raises(FedsecureError, match="FS-1321"):
+        lines["site-1"].upload(header_for(served, size), memoryview(bytes(size)))
+
+
+def parts(*chunks: tuple[int, bytes]) -> Any:
+    async def stream() -> Any:
+        for offset, data in chunks:
+            yield pb.UploadPart(chunk=pb.Chunk(offset=offset, data=data))
+
+    return stream()
+
+
+def test_chunks_fill_the_buffer_in_order_and_exactly() -> None:
+    whole = memoryview(bytearray(6))
+    asyncio.run(module._fill(whole, parts((0, b"abc"), (3, b"def"))))
+    assert bytes(whole) == b"abcdef"
+
+
+@pytest.mark.parametrize(
+    ("chunks", "code"),
+    [
+        ([(0, b"abc")], "FS-1507"),
+        ([(0, b"abc"), (0, b"abc")], "FS-1506"),
+        ([(3, b"def"), (0, b"abc")], "FS-1506"),
+        ([(0, b"abcdefg")], "FS-1506"),
+        ([], "FS-1507"),
+    ],
+    ids=["half", "repeated", "out of order", "too long", "empty"],
+)
+def test_chunks_that_do_not_are_refused(chunks: list[tuple[int, bytes]], code: str) -> None:
+    with pytest.raises(TransportError, match=code):
+        asyncio.run(module._fill(memoryview(bytearray(6)), parts(*chunks)))
+
+
+def test_a_half_open_upload_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PART_SECONDS", 0.01)
+
+    async def stalled() -> Any:
+        yield pb.UploadPart(chunk=pb.Chunk(offset=0, data=b"abc"))
+        await asyncio.Event().wait()
+
+    with pytest.raises(TransportError, match="FS-1512"):
+        asyncio.run(module._fill(memoryview(bytearray(6)), stalled()))
+
+
+def test_one_upload_a_site_at_a_time(served: Served) -> None:
+    with served.service._one_upload("site-1"):
+        with served.service._one_upload("site-2"):
+            pass
+        with pytest.raises(TransportError, match="FS-1511"), served.service._one_upload("site-1"):
+            pass
+    with served.service._one_upload("site-1"):
+        pass
+
+
+def test_one_sites_flood_of_calls_is_refused_and_others_are_served(served: Served) -> None:
+    flood = served.joined("site-1")
+    request = pb.NextRequest(session=served.tokens["site-1"])
+    with ThreadPoolExecutor(max_workers=module.MAX_CALLS) as pool:
+        polls = [pool.submit(flood.next, request) for _ in range(module.MAX_CALLS)]
+        give_up = time.monotonic() + 20
+        while served.service._calls["site-1"] < module.MAX_CALLS:
+            assert time.monotonic() < give_up
+            time.sleep(0.01)
+        with pytest.raises(TransportError, match="FS-1501"):
+            # Tried again for two seconds, as long as the line is busy.
+            flood.next(request)
+        others = [served.joined(name) for name in ("site-2", "site-3")]
+        assert len(others) == 2
+        assert all(poll.result(30).WhichOneof("kind") == "ask" for poll in polls), (
+            "all were woken by the first question"
+        )
+    give_up = time.monotonic() + 20
+    while served.service._calls["site-1"]:
+        assert time.monotonic() < give_up
+        time.sleep(0.01)
+
+
+def test_errors_cross_the_line_bounded_and_without_control_characters() -> None:
+    error = RunError("FS-1702", "\x1b[2J\n" + "x" * 10_000, expected="a\x07b", cure="c")
+    arrived = from_details(to_details(error))
+    assert isinstance(arrived, RunError)
+    assert arrived.code == "FS-1702"
+    assert str(arrived).isprintable()
+    assert len(str(arrived)) < 5000
+
+
+@pytest.mark.parametrize("details", [None, "", "{", "[" * 9000, "[]", '{"code": ["FS-17"]}', '{"code": "FS-9999"}'])
+def test_details_that_are_not_ours_are_no_error_of_ours(details: str | None) -> None:
+    assert from_details(details) is None
+
+
+def test_printable_keeps_letters_of_all_languages() -> None:
+    assert printable("Größe 脳腫瘍 ε = 3") == "Größe 脳腫瘍 ε = 3"
+    assert printable("a\x1b[31mb\r\n\u202ec") == "a�[31mb���c"
+    assert len(printable("x" * 9000)) == 2000
