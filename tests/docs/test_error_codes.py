@@ -37,7 +37,7 @@ SHARED = {
     "FS-1238": {"learning/engines.py", "learning/training.py"},
     "FS-1403": {"identity/keys.py", "identity/provision.py", "simulation/scaffold.py"},
     "FS-1631": {"learning/adapters.py", "learning/training.py"},
-    "FS-1632": {"learning/adapters.py", "learning/modules.py"},
+    "FS-1632": {"learning/adapters.py", "learning/modules.py", "learning/reference.py"},
     "FS-1638": {"learning/engines.py", "learning/evaluation.py", "learning/features.py"},
 }
 
