@@ -224,6 +224,12 @@ def privatise_on_grid(
     """
     grid = clip_norm / 2**24
     bound = 2**24 * (1 + _CLIP_SLACK) + math.sqrt(clipped_sum.size) + _SUM_SLACK
-    noise = np.rint(rng.gaussian(clipped_sum.size) * (noise_multiplier * bound))
     check_finite(clipped_sum, "a clipped sum")
-    return (np.rint(clipped_sum.ravel() / grid) + noise).reshape(clipped_sum.shape) * grid
+    noise = rng.gaussian(clipped_sum.size)
+    noise *= noise_multiplier * bound
+    noise = np.rint(noise, out=noise).reshape(clipped_sum.shape)
+    steps = np.divide(clipped_sum, grid)
+    np.rint(steps, out=steps)
+    steps += noise
+    steps *= grid
+    return steps
