@@ -1,11 +1,19 @@
 """ε, μ and attack power, always recomputed from the frozen events (privacy.md §1.2, §3; Dong, Roth and Su 2022).
 
-Full-batch events are Gaussian mechanisms: their composition is exactly μ-GDP with μ² = Σ steps/σ². As soon as one
-event is Poisson-sampled, Google's dp-accounting composes privacy-loss distributions, pessimistically, on a grid of
-1e-3, under ``REPLACE_SPECIAL`` (zero-out: a unit's records are replaced by nothing, and the number of units is
-public). The noise added in the ring is discrete; ``grid`` keeps its standard deviation at 256 steps or more,
-usually at a million, where δ differs from the continuous Gaussian's by less than 1 % (Canonne, Kamath and Steinke
-2020).
+One source of truth, by what the events are; the relation is ``REPLACE_SPECIAL`` throughout (zero-out: a unit's records
+are replaced by nothing, and the number of units is public).
+
+* Full batch: Gaussian mechanisms, whose composition is exactly μ-GDP with μ² = Σ steps/σ².
+* Poisson sampling of a site with noise of its own: Google's dp-accounting composes privacy-loss distributions,
+  pessimistically, on a grid of 1e-3.
+* Poisson sampling with noise that the sites share: Rényi divergence of the sum (:mod:`fedsecure.privacy.renyi`). Where
+  both kinds of sampling occur, everything is composed by Rényi divergence.
+
+The noise added in the ring is discrete. With standard deviation σ in grid steps it equals, up to a factor e^±τ at every
+point, the continuous Gaussian of variance σ² − 4 rounded at random to the lattice by a discrete Gaussian of standard
+deviation 2, which is post-processing (Peikert 2010, theorem 3.1); τ = 4·exp(−8π²) < 3e-34 a coordinate. So μ is at most
+``LATTICE_SLACK`` = 4/(2·256²), relatively, above what is computed from σ, since ``grid`` keeps σ at 256 steps or more;
+with the usual million steps it is below 1e-11.
 """
 
 from __future__ import annotations
@@ -18,12 +26,15 @@ from statistics import NormalDist
 from typing import Any, Literal
 
 from fedsecure.errors import PrivacyError
-from fedsecure.messages import Event
+from fedsecure.messages import Event, FloatArray
+from fedsecure.privacy import renyi
 
 Adversary = Literal["colluding", "beyond"]
-# (noise multiplier, sampling rate) and how often: all that ε depends on.
-_Composition = tuple[tuple[float, float, int], ...]
+# Noise multiplier, sampling rate, how often, and whether the sites share the noise of a sampled step: all that ε
+# depends on.
+_Composition = tuple[tuple[float, float, int, bool], ...]
 
+LATTICE_SLACK = 4 / (2 * 256**2)
 _PLD_GRID = 1e-3
 _NORMAL = NormalDist()
 
@@ -99,11 +110,29 @@ def _bisect(holds: Callable[[float], bool], low: float, high: float, *, toleranc
 
 
 def _composition(events: Iterable[Event], adversary: Adversary) -> _Composition:
-    counts: Counter[tuple[float, float]] = Counter()
+    counts: Counter[tuple[float, float, bool]] = Counter()
     for event in events:
         z = event.noise_multiplier if adversary == "colluding" else event.local_noise_multiplier
-        counts[(z, event.sampling_rate)] += event.steps
-    return tuple(sorted((z, q, steps) for (z, q), steps in counts.items()))
+        counts[(z, event.sampling_rate, shares_sampled_noise(event))] += event.steps
+    return tuple(sorted((z, q, steps, shared) for (z, q, shared), steps in counts.items()))
+
+
+def shares_sampled_noise(event: Event) -> bool:
+    """Whether an event is Poisson-sampled and its noise is a sum of several sites' shares."""
+    return event.sampling_rate < 1 and event.local_noise_multiplier < event.noise_multiplier
+
+
+def accountant(events: Iterable[Event]) -> Literal["gdp", "pld", "rdp"]:
+    """How ε of some events is computed: exact Gaussian DP, privacy-loss distributions, or Rényi divergence."""
+    known = tuple(events)
+    if any(shares_sampled_noise(event) for event in known):
+        return "rdp"
+    return "pld" if any(event.sampling_rate < 1 for event in known) else "gdp"
+
+
+def _square(composition: _Composition) -> float:
+    """μ² of the full-batch part."""
+    return math.fsum(steps / z**2 for z, q, steps, _ in composition if q == 1)
 
 
 def mu(events: Iterable[Event], *, adversary: Adversary = "colluding") -> float | None:
@@ -114,9 +143,9 @@ def mu(events: Iterable[Event], *, adversary: Adversary = "colluding") -> float 
         adversary: ``"colluding"``: the aggregator with at most c sites; ``"beyond"``: with more than c.
     """
     composition = _composition(events, adversary)
-    if any(q < 1 for _, q, _ in composition):
+    if any(q < 1 for _, q, _, _ in composition):
         return None
-    return math.sqrt(math.fsum(steps / z**2 for z, _, steps in composition))
+    return math.sqrt(_square(composition))
 
 
 def epsilon(events: Iterable[Event], *, delta: float, adversary: Adversary = "colluding") -> float:
@@ -138,9 +167,17 @@ def epsilon(events: Iterable[Event], *, delta: float, adversary: Adversary = "co
 def _composed_epsilon(composition: _Composition, delta: float) -> float:
     if not composition:
         return 0.0
-    if all(q == 1 for _, q, _ in composition):
-        return _gaussian_epsilon(math.sqrt(math.fsum(steps / z**2 for z, _, steps in composition)), delta)
+    own = tuple(part for part in composition if not part[3])
+    if len(own) < len(composition):
+        # Each accountant is an upper bound of its own looseness; with the larger, a further event never lowers ε.
+        return max(_composed_epsilon(own, delta), renyi.epsilon(_divergence(composition), delta))
+    if all(q == 1 for _, q, _, _ in composition):
+        return _gaussian_epsilon(math.sqrt(_square(composition)), delta)
     return max(0.0, float(_pld(composition).get_epsilon(delta)))
+
+
+def _divergence(composition: _Composition) -> FloatArray:
+    return renyi.divergence((z, q, steps) for z, q, steps, _ in composition)
 
 
 @lru_cache(maxsize=64)
@@ -149,24 +186,27 @@ def _pld(composition: _Composition) -> Any:
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    accountant = PLDAccountant(
+    composed = PLDAccountant(
         neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
         value_discretization_interval=_PLD_GRID,
     )
-    square = math.fsum(steps / z**2 for z, q, steps in composition if q == 1)
+    square = _square(composition)
     if square > 0:
-        accountant.compose(dp_accounting.GaussianDpEvent(1 / math.sqrt(square)))
-    for z, q, steps in composition:
+        composed.compose(dp_accounting.GaussianDpEvent(1 / math.sqrt(square)))
+    for z, q, steps, _ in composition:
         if q < 1:
             sampled = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z))
-            accountant.compose(sampled, steps)
-    return accountant
+            composed.compose(sampled, steps)
+    return composed
 
 
 @lru_cache(maxsize=64)
 def _profile(composition: _Composition) -> tuple[tuple[float, float], ...]:
     """(ε, δ(ε)) for ε from 0.02 to 28."""
     grid = [0.02 * 1.12**k for k in range(65)]
+    if any(shared for *_, shared in composition):
+        divergences = _divergence(composition)
+        return tuple((eps, renyi.delta(divergences, eps)) for eps in grid)
     return tuple(zip(grid, (float(delta) for delta in _pld(composition).get_delta(grid)), strict=True))
 
 
@@ -189,10 +229,13 @@ def mu_for_epsilon(eps: float, delta: float) -> float:
     return found
 
 
-def calibrate(target_epsilon: float, delta: float, *, steps: int, sampling_rate: float = 1.0) -> float:
+def calibrate(
+    target_epsilon: float, delta: float, *, steps: int, sampling_rate: float = 1.0, shared: bool = False
+) -> float:
     """Least noise multiplier for which ``steps`` releases stay within ``target_epsilon`` at δ.
 
-    Exact for full batch; for Poisson sampling within 1e-4 relative, and never below the guarantee.
+    Exact for full batch; for Poisson sampling within 1e-4 relative, and never below the guarantee. ``shared``: the
+    noise is a sum of several sites' (``noise = "distributed"``), which matters under Poisson sampling.
 
     Raises:
         PrivacyError: FS-1202 an argument is out of range.
@@ -206,7 +249,7 @@ def calibrate(target_epsilon: float, delta: float, *, steps: int, sampling_rate:
     full = math.sqrt(steps) / mu_for_epsilon(target_epsilon, delta)
 
     def holds(z: float) -> bool:
-        return _composed_epsilon(((z, sampling_rate, steps),), delta) <= target_epsilon
+        return _composed_epsilon(((z, sampling_rate, steps, shared and sampling_rate < 1),), delta) <= target_epsilon
 
     if sampling_rate == 1:
         while not holds(full):
@@ -237,8 +280,8 @@ def attack_bound(events: Iterable[Event], fpr: float, *, adversary: Adversary = 
     For each (ε, δ): TPR ≤ min(δ + e^ε·fpr, 1 − e^−ε(1 − δ − fpr)) (Kairouz, Oh and Viswanath 2015).
     """
     composition = _composition(events, adversary)
-    if all(q == 1 for _, q, _ in composition):
-        return attack_power(math.sqrt(math.fsum(steps / z**2 for z, _, steps in composition)), fpr)
+    if all(q == 1 for _, q, _, _ in composition):
+        return attack_power(math.sqrt(_square(composition)), fpr)
     bounds = (
         min(delta + math.exp(eps) * fpr, 1 - math.exp(-eps) * (1 - delta - fpr)) for eps, delta in _profile(composition)
     )

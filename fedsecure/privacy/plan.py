@@ -170,6 +170,7 @@ class Privacy(PrivacyConfig):
                 self.delta,
                 steps=attempts * local_steps,
                 sampling_rate=self.sampling_rate,
+                shared=self.noise == "distributed",
             )
             if self.noise_multiplier == "auto"
             else float(self.noise_multiplier)
