@@ -2,13 +2,14 @@
 SP 800-38A).
 
 PRG(k) is AES-256-CTR with key k and a 128-bit big-endian counter from 0; ring word e of b bits is the
-little-endian word at byte e·b/8. A key masks one vector, ever. Chunks of 128 KiB keep keystream and
-accumulator in the cache. Large sums are shared with worker processes (:mod:`fedsecure.secagg.parallel`) tile
+little-endian word at byte e·b/8. A key masks one vector, ever. Chunks of 256 KiB keep keystream and
+accumulator in a second-level cache of 1 MiB. Large sums are shared with worker processes (:mod:`fedsecure.secagg.parallel`) tile
 by tile: a tile is a range of words and a batch of keys, and the sum does not depend on the tiling.
 """
 
 from __future__ import annotations
 
+import mmap
 import struct
 import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -24,13 +25,14 @@ from fedsecure.secagg import parallel
 Words = npt.NDArray[np.uint32] | npt.NDArray[np.uint16]
 _Fill = Callable[[memoryview, memoryview], int]
 
-CHUNK = 1 << 15  # words of 32 bits; as many bytes of other words
+CHUNK = 1 << 16  # words of 32 bits; as many bytes of other words
 WORD = 4
 BATCH = 256  # ciphers open at a time: their state is about 1 kB each
 _KEY_BYTES, _BLOCK, _LINE = 32, 16, 64
 _TILE_BYTES = 1 << 24  # keystream of one tile: some milliseconds
 _MARGIN = 15  # older releases of cryptography want room for one block less a byte
-_ZEROS = memoryview(bytes(CHUNK * WORD))
+# Never written, so all of it is one page of the machine and takes no room in the cache.
+_ZEROS = memoryview(mmap.mmap(-1, CHUNK * WORD, access=mmap.ACCESS_COPY)).toreadonly()
 _REQUEST = struct.Struct("<BQQII")  # word size, first word, words, keys to add, keys to subtract
 
 
@@ -47,7 +49,7 @@ def add_masks(
     Args:
         vector: contiguous little-endian uint32 (b = 32) or uint16 (b = 16), any length.
         plus, minus: 32-byte keys.
-        chunk: words at a time, at most the 128 KiB that ``None`` stands for; the result does not depend on it.
+        chunk: words at a time, at most the 256 KiB that ``None`` stands for; the result does not depend on it.
         workers: processes that share the work, this one among them; ``None`` for one a core where the work is
             large enough to pay (:func:`fedsecure.secagg.parallel.crew`). The result does not depend on it.
     """
