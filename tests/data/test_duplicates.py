@@ -1,0 +1,98 @@
+"""Copies are found wherever they lie, and a test site is cleaned of what its training sites hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedsecure.config import DatasetConfig
+from fedsecure.data.dataset import Dataset
+from fedsecure.data.duplicates import difference_hash, find_duplicates
+from fedsecure.data.loading import from_arrays, open_dataset
+from fedsecure.errors import DataError
+
+
+def picture(seed: int) -> np.ndarray:
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6), np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((48, 48), Image.Resampling.BICUBIC))
+
+
+def save(folder: Path, *pictures: np.ndarray, suffix: str = "png") -> None:
+    folder.mkdir(parents=True)
+    for number, pixels in enumerate(pictures):
+        Image.fromarray(pixels).save(folder / f"{number:03}.{suffix}")
+
+
+@pytest.fixture
+def sites(tmp_path: Path) -> dict[str, Dataset]:
+    save(tmp_path / "a" / "cat", picture(0), picture(1), picture(1))
+    save(tmp_path / "a" / "dog", picture(2))
+    save(tmp_path / "b" / "cat", picture(3), picture(0))
+    save(tmp_path / "test" / "cat", picture(0), picture(4), picture(5), picture(5))
+    return {
+        name: open_dataset(DatasetConfig(name=name, path=tmp_path / name), classes=("cat", "dog"))
+        for name in ("a", "b", "test")
+    }
+
+
+def test_copies_are_found_within_and_between_sites(sites: dict[str, Dataset]) -> None:
+    read: list[int] = []
+    overlap = find_duplicates(sites, step=read.append)
+    assert sum(read) == 10
+    assert overlap.records == {"a": 4, "b": 2, "test": 4}
+    assert [[place.record for place in group.places] for group in overlap.groups] == [
+        ["cat/000.png", "cat/001.png", "cat/000.png"],
+        ["cat/001.png", "cat/002.png"],
+        ["cat/002.png", "cat/003.png"],
+    ]
+    assert [group.sites for group in overlap.shared()] == [("a", "b", "test")]
+    assert overlap.near == ()
+
+
+def test_a_clean_test_set_has_neither_repeats_nor_training_images(sites: dict[str, Dataset]) -> None:
+    overlap = find_duplicates(sites)
+    assert overlap.kept("test", against=("a", "b")) == (1, 2)
+    assert overlap.kept("test") == (0, 1, 2)
+    assert overlap.kept("a") == (0, 1, 3)
+    with pytest.raises(DataError, match="FS-1135"):
+        overlap.kept("c")
+    with pytest.raises(DataError, match="FS-1135"):
+        overlap.kept("a", against=("c",))
+
+
+def test_a_re_encoded_copy_looks_alike_but_is_not_equal(tmp_path: Path, sites: dict[str, Dataset]) -> None:
+    save(tmp_path / "c" / "cat", picture(3), suffix="jpg")
+    sites["c"] = open_dataset(DatasetConfig(name="c", path=tmp_path / "c"), classes=("cat", "dog"))
+    overlap = find_duplicates(sites, near_bits=4)
+    assert [(near.first.site, near.second.site) for near in overlap.near] == [("b", "c")]
+    assert overlap.near[0].bits <= 4
+    assert all(place.site != "c" for group in overlap.groups for place in group.places)
+
+
+def test_the_hash_sees_light_and_not_size() -> None:
+    image = Image.fromarray(picture(9))
+    larger = image.resize((96, 96), Image.Resampling.BICUBIC)
+    assert (difference_hash(image) ^ difference_hash(larger)).bit_count() <= 4
+    assert (difference_hash(image) ^ difference_hash(Image.fromarray(255 - picture(9)))).bit_count() > 40
+    assert difference_hash(Image.new("RGB", (1, 1))) == 0
+
+
+def test_features_are_compared_by_content_only() -> None:
+    rows = np.eye(4, dtype=np.float32)
+    labels = np.zeros(4, np.int64)
+    sites: dict[str, Dataset] = {
+        name: from_arrays(part, labels[: len(part)], classes=("x", "y"), name=name)
+        for name, part in (("one", rows[:3]), ("two", rows[2:]))
+    }
+    assert [len(group.places) for group in find_duplicates(sites).groups] == [2]
+    with pytest.raises(DataError, match="FS-1136"):
+        find_duplicates(sites, near_bits=2)
+
+
+@pytest.mark.parametrize("bits", [-1, 17])
+def test_how_alike_has_bounds(bits: int) -> None:
+    with pytest.raises(DataError, match="FS-1136"):
+        find_duplicates({}, near_bits=bits)
