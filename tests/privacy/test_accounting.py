@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from fedsecure.errors import PrivacyError
 from fedsecure.messages import Event
-from fedsecure.privacy import accounting
+from fedsecure.privacy import accounting, renyi
 
 
 def event(z: float, *, q: float = 1.0, steps: int = 1, local: float | None = None) -> Event:
@@ -37,20 +37,79 @@ def test_composition_is_a_sum_of_squares_in_any_order() -> None:
     assert accounting.epsilon(events[::-1], delta=1e-5) == accounting.epsilon(events, delta=1e-5)
 
 
-@pytest.mark.parametrize(("z", "q", "steps"), [(1.1, 0.05, 200), (0.8, 0.2, 30), (2.0, 0.5, 40)])
-def test_poisson_lies_between_prv_and_rdp(z: float, q: float, steps: int) -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        from opacus.accountants import PRVAccountant
+@pytest.mark.parametrize("delta", [1e-3, 1e-5, 1e-9])
+@pytest.mark.parametrize("steps", [1, 30, 1000])
+def test_full_batch_composition_equals_the_exact_gaussian(delta: float, steps: int) -> None:
+    for z in (0.9, 4.0, 60.0):
+        ours = accounting.epsilon([event(z, steps=steps)], delta=delta)
+        theirs = dp_accounting.get_epsilon_gaussian(z / math.sqrt(steps), delta)
+        assert ours == pytest.approx(theirs, abs=1e-6)
 
-        prv = PRVAccountant()
-        prv.history = [(z, q, steps)]
-        opacus = prv.get_epsilon(1e-5)
-    ours = accounting.epsilon([event(z, q=q, steps=steps)], delta=1e-5)
-    assert abs(ours - opacus) <= 0.02
-    rdp = RdpAccountant(neighboring_relation=dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
-    rdp.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z)), steps)
-    assert rdp.get_epsilon(1e-5) >= ours
+
+@pytest.mark.parametrize("z", [0.8, 1.1, 2.5])
+@pytest.mark.parametrize("q", [0.01, 0.1, 0.5])
+def test_sampling_on_a_grid_against_two_other_accountants(z: float, q: float) -> None:
+    eps_error = 0.01
+    for steps, delta in ((10, 1e-5), (100, 1e-7)):
+        own = [event(z, q=q, steps=steps)]
+        shared = [event(z, q=q, steps=steps, local=z / 2)]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from opacus.accountants import PRVAccountant
+
+            prv = PRVAccountant()
+            prv.history = [(z, q, steps)]
+            opacus = prv.get_epsilon(delta, eps_error=eps_error)
+        pld = accounting.epsilon(own, delta=delta)
+        # Opacus tells the upper end of an interval that holds ε, eps_error to either side.
+        assert opacus - 2 * eps_error <= pld <= opacus
+        rdp = RdpAccountant(
+            orders=renyi.ORDERS.astype(int).tolist(),
+            neighboring_relation=dp_accounting.NeighboringRelation.REPLACE_SPECIAL,
+        )
+        rdp.compose(dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z)), steps)
+        ours = accounting.epsilon(shared, delta=delta)
+        assert ours == pytest.approx(rdp.get_epsilon(delta), rel=1e-9)
+        assert ours >= pld
+
+
+def test_the_accountant_follows_the_events() -> None:
+    full, own, shared = event(3.0, local=1.0), event(1.0, q=0.1), event(1.0, q=0.1, local=0.5)
+    assert accounting.accountant([]) == accounting.accountant([full]) == "gdp"
+    assert accounting.accountant([full, own]) == "pld"
+    assert accounting.accountant([full, own, shared]) == "rdp"
+    assert accounting.mu([shared]) is None
+    # Each site's own share of a sum is in the ring too: by Rényi divergence against every adversary.
+    assert accounting.epsilon([shared], delta=1e-5, adversary="beyond") == accounting.epsilon(
+        [event(0.5, q=0.1, local=0.25)], delta=1e-5
+    )
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([1.0, 3.0]), st.sampled_from([0.1, 1.0]), st.booleans(), st.integers(1, 3)),
+        min_size=1,
+        max_size=5,
+    )
+)
+def test_no_order_of_full_sampled_and_shared_releases_lowers_epsilon(
+    parts: list[tuple[float, float, bool, int]],
+) -> None:
+    events = [event(z, q=q, steps=steps, local=z / 2 if shared else z) for z, q, shared, steps in parts]
+    spent = [accounting.epsilon(events[:count], delta=1e-5) for count in range(len(events) + 1)]
+    assert spent == sorted(spent)
+    assert accounting.epsilon(events[::-1], delta=1e-5) == spent[-1]
+
+
+def test_shared_noise_is_calibrated_by_its_own_accountant() -> None:
+    z = accounting.calibrate(3.0, 1e-5, steps=40, sampling_rate=0.1, shared=True)
+    assert accounting.epsilon([event(z, q=0.1, steps=40, local=z / 2)], delta=1e-5) <= 3.0
+    assert accounting.epsilon([event(z * 0.999, q=0.1, steps=40, local=z / 2)], delta=1e-5) > 3.0
+    assert z > accounting.calibrate(3.0, 1e-5, steps=40, sampling_rate=0.1)
+    assert accounting.calibrate(3.0, 1e-5, steps=40, shared=True) == accounting.calibrate(3.0, 1e-5, steps=40)
+    bound = accounting.attack_bound([event(z, q=0.1, steps=40, local=z / 2)], 0.01)
+    assert accounting.attack_bound([event(z, q=0.1, steps=40)], 0.01) <= bound < 1
 
 
 def test_mixed_events_cost_more_than_either_part() -> None:
