@@ -7,11 +7,18 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 sys.path.insert(0, str(Path(__file__).parent))
 # One thread a process: two workers on two cores, and no difference between machines.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Every run draws the same examples, and a slow machine is no failure; look for new ones with
+# `pytest --hypothesis-profile explore`.
+_PATIENT = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("repeatable", _PATIENT, derandomize=True, database=None)
+settings.register_profile("explore", _PATIENT)
+settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")
