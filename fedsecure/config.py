@@ -41,6 +41,8 @@ class PrivacyConfig(_Section):
         delta: δ; must be below 1 over the number of units of every site.
         unit: ``"patient"`` needs a patient column; ``"record"`` protects single images.
         max_records_per_unit: public cap m; further images of a patient are left out.
+        max_sites_per_patient: at how many training sites one unit may be, at most; 1 says that no two sites share any.
+            The report's network-wide ε is for a unit at so many sites.
         max_grad_norm: clip norm C of a unit's gradient.
         noise: ``"distributed"``: each site adds a share and the sum carries the whole noise; ``"local"``: each
             site's own update is private even against the aggregator.
@@ -54,6 +56,7 @@ class PrivacyConfig(_Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     unit: Literal["patient", "record"] = "patient"
     max_records_per_unit: Annotated[int, Field(ge=1, le=256)] = 4
+    max_sites_per_patient: Annotated[int, Field(ge=1, le=256)] = 1
     max_grad_norm: Positive = 0.1
     noise: Literal["distributed", "local"] = "distributed"
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
