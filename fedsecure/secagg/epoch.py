@@ -156,8 +156,9 @@ class EpochClient:
     def abort(self) -> None:
         """End the epoch for good and drop its secrets; attempts in progress keep their own slot."""
         self._state = State.ABORTED
-        for slot in self._slots.values():
-            slot.seed[:] = bytes(len(slot.seed))
+        unused = [slot.seed for slot in self._slots.values()]
+        for seed in [*unused, *(self._own.seeds if self._own else ())]:
+            seed[:] = bytes(len(seed))
         self._slots.clear()
         self._own, self._kept = None, []
 
@@ -238,7 +239,7 @@ class EpochClient:
 
 
 class Epochs:
-    """A site's epochs in this process: at most one for each run and cohort; the newest replaces the one before.
+    """A site's epochs in this process: one for each run, as the latch counts them; a later one replaces it.
 
     Args:
         site, signing_key, roster, latch: as for :class:`EpochClient`.
@@ -246,22 +247,30 @@ class Epochs:
 
     def __init__(self, *, site: str, signing_key: Ed25519PrivateKey, roster: Roster, latch: RoundLatch) -> None:
         self._site, self._signing_key, self._roster, self._latch = site, signing_key, roster, latch
-        self._epochs: dict[tuple[bytes, tuple[str, ...]], EpochClient] = {}
+        self._epochs: dict[bytes, EpochClient] = {}
 
     def set_up(self, descriptor: EpochDescriptor) -> EpochClient:
-        """Begin an epoch; the earlier one of the same run and cohort ends here."""
+        """Begin an epoch; the earlier one of the same run ends here.
+
+        Raises:
+            ProtocolError: FS-1345 not a later epoch than the one there is, which stays as it was; else as
+                :class:`EpochClient`.
+        """
+        earlier = self._epochs.get(descriptor.run_id)
+        if earlier is not None and descriptor.epoch <= earlier.descriptor.epoch:
+            found = f"epoch {descriptor.epoch} after epoch {earlier.descriptor.epoch}"
+            raise broken("FS-1345", found, "a later epoch: one that has begun is never begun again")
         client = EpochClient(
             descriptor, site=self._site, signing_key=self._signing_key, roster=self._roster, latch=self._latch
         )
-        earlier = self._epochs.pop((descriptor.run_id, descriptor.cohort), None)
         if earlier is not None:
             earlier.abort()
-        self._epochs[descriptor.run_id, descriptor.cohort] = client
+        self._epochs[descriptor.run_id] = client
         return client
 
     def round(self, descriptor: RoundDescriptor) -> SecAggClient:
         """A round's state machine, ready to mask; FS-1358 where this process has no slots of its epoch."""
-        epoch = self._epochs.get((descriptor.run_id, descriptor.cohort))
+        epoch = self._epochs.get(descriptor.run_id)
         if epoch is None or epoch.descriptor.ctx != descriptor.epoch:
             raise slots_lost("a round of an epoch that this process has not set up")
         return epoch.round(descriptor)

@@ -7,6 +7,7 @@ does not happen. A file put back from an old backup is not noticed: it belongs w
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -162,6 +163,8 @@ class FileLatch:
 
     def _write(self, records: dict[str, _Record]) -> None:
         raw = json.dumps({"runs": {run: asdict(record) for run, record in records.items()}})
+        if len(raw) > MAX_BYTES:  # ASCII; one that is never read back would refuse all rounds of all runs
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         folder = self._path.parent
         descriptor, name = tempfile.mkstemp(dir=folder, prefix=self._path.name)
         try:

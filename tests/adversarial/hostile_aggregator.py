@@ -123,7 +123,7 @@ class HostileAggregator:
     def impersonate(self, roster: Roster, descriptor: RoundDescriptor, run_keys: dict, vectors: dict) -> np.ndarray:
         """A whole round in which the attacker plays every site but the victim; returns the victim's vector."""
         f = federation(self.n)
-        forged = _forged_roster(roster, {s: identity_keys.public_bytes(k) for s, k in run_keys.items()})
+        forged = forged_roster(roster, {s: identity_keys.public_bytes(k) for s, k in run_keys.items()})
         server = SecAggServer(descriptor, roster=forged, signing_key=f.aggregator, spool=MemorySpool())
         clients = {
             site: SecAggClient(descriptor, site=site, signing_key=key, roster=forged, latch=MemoryLatch())
@@ -387,7 +387,7 @@ class HostileAggregator:
         return self.opened(run, guess, mask_keys), run.vectors[self.target]
 
 
-def _forged_roster(real: Roster, own: dict[str, bytes]) -> Roster:
+def forged_roster(real: Roster, own: dict[str, bytes]) -> Roster:
     """The attacker's copy of the roster, with its own keys and the true one's hash."""
 
     class Forged(Roster):

@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from hostile_aggregator import HostileAggregator
 from secagg_world import BASE, CONFIG, federation, make_descriptor, make_query
+from switches import forgetful, stolen, trusting
 
 from fedsecure.config import PolicyConfig, RunSettings
 from fedsecure.errors import FedsecureError, IdentityError, PrivacyError, ProtocolError
@@ -21,29 +22,12 @@ from fedsecure.messages import Event, Segment
 from fedsecure.privacy.grid import distributed_segment
 from fedsecure.privacy.noise import PrivacyRng
 from fedsecure.privacy.policy import check_query
-from fedsecure.secagg import client as client_module
 from fedsecure.secagg import keys, policy, sealing, transcript
 from fedsecure.secagg.client import SecAggClient, State
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.latch import MemoryLatch
 
 Patch = pytest.MonkeyPatch
-
-
-def stolen(won: tuple[np.ndarray, np.ndarray]) -> bool:
-    """Whether the attacker holds exactly what it was after."""
-    return bool(np.array_equal(won[0], won[1]))
-
-
-def trusting(patch: Patch) -> None:
-    """Switch every signature check off."""
-    patch.setattr(client_module.transcript.identity_keys, "verify", lambda *_: True)
-
-
-def forgetful(patch: Patch) -> None:
-    """Switch the latch off."""
-    for mark in ("begin", "mark_signed", "mark_consumed"):
-        patch.setattr(MemoryLatch, mark, lambda *_: None)
 
 
 def stateless(patch: Patch) -> None:
