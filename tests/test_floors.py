@@ -15,6 +15,7 @@ FLOOR = {
     "__main__": 5,
     "__init__": 5,
     "client": 4,
+    "site": 4,
     "release": 4,
     "aggregator": 4,
     "simulation": 4,
@@ -35,7 +36,7 @@ FLOOR = {
 }
 SIDEWAYS = {("secagg", "identity"), ("learning", "vision"), ("learning", "data")}
 # Programs of floor 4 wire each other: the client opens the door, the simulation lays out programs.
-SIDEWAYS |= {("client", "release"), ("simulation", "client"), ("simulation", "aggregator")}
+SIDEWAYS |= {("client", "site"), ("site", "release"), ("simulation", "client"), ("simulation", "aggregator")}
 SIDEWAYS |= {("messages", "errors"), ("config", "errors"), ("files", "errors"), ("extras", "errors")}
 FORBIDDEN = {
     "methods": {"grpc"},

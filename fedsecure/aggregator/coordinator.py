@@ -1,4 +1,4 @@
-"""The aggregator's core: sessions, the schedule of questions, attempts, and what each site is told.
+"""The aggregator's core: the calls of the sites, the schedule of questions, attempts, and what follows from each.
 
 No sockets, threads or clock: the gRPC service, the in-memory transport and the tests drive the same object. Calls
 must not overlap. Every wait is bounded and knows what it waits for (:meth:`Coordinator.reason`).
@@ -8,58 +8,27 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-from collections import deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
 from hmac import compare_digest
 from typing import Any
 
-import numpy as np
-
+from fedsecure.aggregator.account import Account
+from fedsecure.aggregator.admission import PROTOCOL, admit
+from fedsecure.aggregator.openings import Broadcast, Openings
 from fedsecure.aggregator.rounds import Attempt, SetUp, decode
 from fedsecure.aggregator.schedule import Progress, Schedule
+from fedsecure.aggregator.sessions import Sessions
 from fedsecure.aggregator.store import RunStore
 from fedsecure.config import FederationConfig
-from fedsecure.errors import FedsecureError, IdentityError, ProtocolError, RunError, TransportError
+from fedsecure.errors import FedsecureError, ProtocolError, RunError, TransportError
 from fedsecure.identity.provision import Identity
-from fedsecure.messages import Query, digest_tensor
-from fedsecure.methods.base import Ask, Cohort
+from fedsecure.methods.base import Cohort
 from fedsecure.methods.cohorts import check_roles, cohort_of
 from fedsecure.methods.registry import load_method, load_training_method
-from fedsecure.secagg.descriptor import RoundDescriptor
-from fedsecure.secagg.epoch_descriptor import EpochDescriptor
-from fedsecure.secagg.epoch_server import EpochServer
 from fedsecure.secagg.phases import Phase
-from fedsecure.secagg.record import RecordingServer
-from fedsecure.secagg.server import SecAggServer
-from fedsecure.secagg.spool import FileSpool, Spool
-from fedsecure.transport.tensors import pack_tensor
 from fedsecure.wire import federation_pb2 as pb
 
-PROTOCOL = 1
-TOKEN_BYTES = 16
-# A site never has so many directives ahead of it unless it does not listen.
-OUTBOX = 64
-_CODE = re.compile(r"FS-1\d{3}")
 log = logging.getLogger("fedsecure.aggregator")
-
-
-@dataclass(slots=True)
-class _Session:
-    """One process of one site.
-
-    ``asked`` is the context of the question it got last: a process that joined later has no keys of an attempt in
-    progress. ``leaving`` is the code it gave for going.
-    """
-
-    token: bytes
-    heard: float
-    sent: int = 0
-    outbox: deque[pb.Directive] = field(default_factory=lambda: deque(maxlen=OUTBOX))
-    asked: bytes = b""
-    left: bool = False
-    leaving: str = ""
 
 
 class Coordinator:
@@ -72,20 +41,21 @@ class Coordinator:
         check_roles(self.settings, identity.roster)
         self.outcome: dict[str, Any] | None = None
         self.failure: RunError | None = None
+        self.sessions = Sessions(silence_seconds=config.rounds.silence_seconds)
         self._identity = identity
         self._store = RunStore(config.state, run)
         self._store.settings(self.settings)
+        self._account = Account(self.settings, run, self._store)
+        self._openings = Openings(self.settings, identity, run, self._store)
         self._schedule = Schedule(self.settings, load_training_method(config.method.name), load_method("evaluate"))
         self._progress = self._schedule.start()
-        self._sessions: dict[str, _Session] = {}
-        self._tensors: dict[bytes, bytes] = {}
+        self._broadcast = Broadcast.of({})
         self._round = 0
         self._number = 0
         self._attempt: Attempt | None = None
         self._set_up: SetUp | None = None
         self._epochs = 0
         self._waiting_since = now
-        self._attempts: list[dict[str, Any]] = []
         self._first_round = True
         self._ended: pb.Finished | None = None
         self._ended_at = now
@@ -100,48 +70,9 @@ class Coordinator:
             TransportError: FS-1503 another protocol version, FS-1509 a session of another size.
             RunError: FS-1703 the identity already has a live session.
         """
-        if site not in self.settings.sites:
-            raise IdentityError(
-                "FS-1451",
-                f"site {site!r} is not part of this run",
-                expected="one of " + ", ".join(sorted(self.settings.sites)),
-                cure="ask the coordinator to add it",
-            )
-        if request.protocol != PROTOCOL:
-            raise TransportError(
-                "FS-1503",
-                f"site speaks protocol {request.protocol}",
-                expected=f"protocol {PROTOCOL}",
-                cure="install the same fedsecure release on both sides",
-            )
-        if len(request.session) != TOKEN_BYTES:
-            raise TransportError(
-                "FS-1509",
-                f"a session of {len(request.session)} bytes",
-                expected=f"{TOKEN_BYTES} random bytes",
-                cure="install the same fedsecure release on both sides",
-            )
-        if not compare_digest(request.roster_hash, self._identity.roster.hash):
-            raise IdentityError(
-                "FS-1452",
-                "the site's roster is not the aggregator's",
-                expected="the same signed roster everywhere",
-                cure="fetch the current roster from the coordinator",
-            )
-        old = self._sessions.get(site)
-        if old is not None and not compare_digest(old.token, request.session) and self._alive(site, now):
-            raise RunError(
-                "FS-1703",
-                f"site {site!r} has already joined from another process",
-                expected="one process per identity",
-                cure=f"stop the other process, or wait {self.config.rounds.silence_seconds:g} s after it died",
-            )
-        if old is None or not compare_digest(old.token, request.session):
-            self._sessions[site] = _Session(token=bytes(request.session), heard=now)
-            log.info("joined", extra={"site": site})
-            if self._ended is not None:
-                self._tell(site, finished=self._ended)
-        self._sessions[site].heard = now
+        admit(site, request, settings=self.settings, roster=self._identity.roster)
+        if self.sessions.open(site, request.session, now) and self._ended is not None:
+            self.sessions.tell(site, finished=self._ended)
         return pb.JoinReply(
             protocol=PROTOCOL,
             run=self.run,
@@ -150,30 +81,19 @@ class Coordinator:
 
     def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
         """The first directive after number ``after``, or None if there is nothing yet."""
-        session = self._session(site, token, now)
-        while session.outbox and session.outbox[0].sequence <= after:
-            done = session.outbox.popleft()
-            session.left = session.left or done.WhichOneof("kind") == "finished"
-        if session.left:
-            return pb.Directive(wait=pb.Wait(reason="the run is over"))
-        return session.outbox[0] if session.outbox else None
+        return self.sessions.poll(site, token, after, now)
 
     def beat(self, site: str, token: bytes, now: float, leaving: str = "") -> None:
         """The site is there, and working; or it is leaving, for the reason with that code."""
-        session = self._session(site, token, now)
-        if _CODE.fullmatch(leaving):
-            session.leaving = leaving
-            log.warning("%s leaves: %s", site, leaving)
+        self.sessions.beat(site, token, now, leaving)
 
     def gone(self, site: str, token: bytes, now: float) -> None:
         """The session's connection broke: two seconds' grace, then it counts as silent until it is heard again."""
-        session = self._sessions.get(site)
-        if session is not None and compare_digest(session.token, token):
-            session.heard = min(session.heard, now - self.config.rounds.silence_seconds + 2.0)
+        self.sessions.gone(site, token, now)
 
     def send(self, site: str, message: pb.PhaseMessage, now: float) -> None:
         """A small protocol message."""
-        self._session(site, message.session, now)
+        self.sessions.hear(site, message.session, now)
         if self._preparing and self._set_up is not None and compare_digest(self._set_up.ctx, message.ctx):
             self._set_up.receive(site, message.payload)
         else:
@@ -187,29 +107,29 @@ class Coordinator:
             A buffer of the vector's size to fill and to hand to :meth:`upload`, or ``None`` where this very upload has
             been counted already.
         """
-        self._session(site, header.session, now)
+        self.sessions.hear(site, header.session, now)
         attempt = self._current(header.ctx)
         size = attempt.query.ring_bits // 8 * attempt.query.length
         if header.size != size:
             raise TransportError(
                 "FS-1504",
                 f"an upload of {header.size} bytes",
-                expected=f"{size} bytes, four per coordinate",
+                expected=f"{size} bytes, {attempt.query.ring_bits // 8} per coordinate",
                 cure="install the same fedsecure release on both sides",
             )
         return attempt.buffer(site, header.header)
 
     def upload(self, site: str, header: pb.UploadHeader, payload: memoryview | bytes, now: float) -> None:
         """A whole masked vector."""
-        self._session(site, header.session, now)
+        self.sessions.hear(site, header.session, now)
         self._current(header.ctx).receive_masked(site, header.header, payload)
         self.tick(now)
 
     def fetch(self, site: str, token: bytes, digest: bytes, now: float) -> bytes:
         """A broadcast tensor by its hash."""
-        self._session(site, token, now)
+        self.sessions.hear(site, token, now)
         try:
-            return self._tensors[digest]
+            return self._broadcast.blobs[digest]
         except KeyError:
             raise RunError(
                 "FS-1704",
@@ -229,8 +149,7 @@ class Coordinator:
         """The run is over, and every site that is still there has heard so or has had ``phase_seconds`` to hear it."""
         if self.outcome is None:
             return False
-        heard = all(s.left or not self._alive(n, now) for n, s in self._sessions.items())
-        return heard or now > self._ended_at + self.config.rounds.phase_seconds
+        return self.sessions.all_heard_the_end(now) or now > self._ended_at + self.config.rounds.phase_seconds
 
     def reason(self, now: float) -> str:
         """What is being waited for, in words."""
@@ -238,14 +157,8 @@ class Coordinator:
             return "the run is over"
         cohort, _ = self._cohort()
         running = self._set_up if self._preparing else self._attempt
-        missing = running.waiting_for() if running else [s for s in cohort if not self._alive(s, now)]
-        seen = []
-        for site in missing:
-            session = self._sessions.get(site)
-            if session is not None and session.leaving:
-                seen.append(f"{site} left with {session.leaving}")
-            else:
-                seen.append(f"{site} " + (f"last heard {now - session.heard:.0f} s ago" if session else "not seen yet"))
+        missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.alive(s, now)]
+        seen = [self.sessions.last_seen(site, now) for site in missing]
         what = f"{running.phase.name.lower()} of round {self._round}" if running else "joining"
         return f"{what}: waiting for {len(missing)} of {len(cohort)} sites" + (": " + ", ".join(seen) if seen else "")
 
@@ -259,39 +172,17 @@ class Coordinator:
             "step": self._progress.state.step,
             "steps": self.config.method.rounds,
             "phase": self._attempt.phase.name.lower() if self._attempt else "joining",
-            "sites": {site: self._alive(site, now) for site in sorted(self.settings.sites)},
+            "sites": {site: self.sessions.alive(site, now) for site in sorted(self.settings.sites)},
             "waiting": self.reason(now),
             "outcome": self.outcome,
         }
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
-    def _session(self, site: str, token: bytes, now: float) -> _Session:
-        session = self._sessions.get(site)
-        if session is None or not compare_digest(session.token, token):
-            raise RunError(
-                "FS-1705",
-                f"site {site!r} has no session of that token",
-                expected="a call after a successful join",
-                cure="join again",
-            )
-        session.heard = now
-        return session
-
-    def _alive(self, site: str, now: float) -> bool:
-        session = self._sessions.get(site)
-        if session is None or session.leaving:
-            return False
-        return now - session.heard <= self.config.rounds.silence_seconds
-
     @property
     def _preparing(self) -> bool:
         """Keys for later rounds are being set up."""
         return self._set_up is not None and self._set_up.phase in (Phase.ADVERTISE, Phase.SHARES)
-
-    def _takes_part(self, site: str, attempt: Attempt | SetUp, now: float) -> bool:
-        """Whether the site is there with the keys of this attempt: not one that came, or came back, after its start."""
-        return self._alive(site, now) and self._sessions[site].asked == attempt.ctx
 
     def _current(self, ctx: bytes) -> Attempt:
         if self._attempt is None or not compare_digest(self._attempt.ctx, ctx):
@@ -308,8 +199,8 @@ class Coordinator:
 
     def _step(self, now: float) -> bool:
         try:
-            if self._preparing:
-                return self._prepare(now)
+            if self._preparing and self._set_up is not None:
+                return self._prepare(self._set_up, now)
             return self._open(now) if self._attempt is None else self._advance(self._attempt, now)
         except FedsecureError as error:
             failure = error if isinstance(error, RunError) else _run_failure(error.code, error.found, error)
@@ -320,26 +211,25 @@ class Coordinator:
         return False
 
     def _advance(self, attempt: Attempt, now: float) -> bool:
+        ctx, cohort = attempt.ctx, attempt.query.cohort
         try:
-            step = attempt.advance(now, lambda site: self._takes_part(site, attempt, now))
+            step = attempt.advance(now, lambda site: self.sessions.takes_part(site, ctx, now))
         except ProtocolError as error:
-            self._fail(error, now)
+            attempt.abort()
+            self._attempt = None
+            self._failed(error, now, cohort=cohort, ctx=ctx, started=attempt.started)
             return True
         if step is None:
             return False
-        for site, payload in step.relays.items():
-            self._tell(site, relay=pb.Relay(ctx=attempt.ctx, phase=step.phase, payload=payload))
+        self.sessions.relay(ctx, step.phase, step.relays)
         if step.result is None:
             return True
-        self._log_attempt(
-            attempt.query.cohort, attempt.ctx, attempt.started, now, survivors=list(step.result.survivors)
-        )
-        left_out = set(attempt.query.cohort) - set(step.result.survivors)
-        self._tell_asked(left_out, attempt.ctx, code="FS-1707", reason="the round ended without this site")
+        survivors = step.result.survivors
+        self._record(cohort, ctx, attempt.started, now, survivors=list(survivors))
+        self._left_out(cohort, survivors, ctx, reason="the round ended without this site")
         self._attempt = None
         self._progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
-        self._require_finite()
-        self._save()
+        self._account.save(self._round, self._progress)
         self._round, self._number, self._waiting_since = self._round + 1, 0, now
         return True
 
@@ -349,7 +239,7 @@ class Coordinator:
             self._finish(now)
             return False
         sites, cohort = self._cohort()
-        live = [site for site in sites if self._alive(site, now)]
+        live = [site for site in sites if self.sessions.alive(site, now)]
         patient = now - self._waiting_since < self.config.rounds.start_seconds
         # The first question of a run waits for everybody; later ones for those it cannot do without.
         wanted = len(sites) if self._first_round and patient else cohort.min_survivors
@@ -366,66 +256,31 @@ class Coordinator:
                 )
             return False
         self._first_round = False
-        present = {site: self._sessions[site].token for site in live}
+        present = self.sessions.tokens(live)
         prepared = ask.trainers_only and self.settings.rounds.prepared_rounds > 0
         if prepared and (self._set_up is None or not self._set_up.serves(sites, present)):
-            self._begin_set_up(sites, cohort, present, now)
+            self._begin_set_up(present, now)
             return False
         keys = self._set_up if prepared else None
-        query = self._query(ask, sites)
-        descriptor = RoundDescriptor.from_query(
-            query,
-            roster=self._identity.roster,
-            config_hash=self.settings.digest(),
-            base_hash=bytes.fromhex(self.settings.encoder.fingerprint),
-            colluders=cohort.colluders,
-            min_survivors=cohort.min_survivors,
-            epoch=keys.ctx if keys else b"",
-            slot=keys.slot() if keys else 0,
-        )
-        spool = FileSpool(self._store.folder / "spool")
-        server = keys.round(descriptor, spool=spool) if keys else self._server(descriptor, spool)
-        self._attempt = Attempt(query, descriptor, server=server, waits=self.config.rounds, now=now)
-        text = query.to_json()
-        for site in live if keys is None else [site for site in live if site in keys.holders]:
-            self._sessions[site].asked = descriptor.ctx
-            self._tell(site, ask=pb.Ask(query_json=text, descriptor=descriptor.canonical()))
+        self._broadcast = Broadcast.of(ask.inputs)
+        query = self._openings.query(ask, round=self._round, attempt=self._number, inputs=self._broadcast.hashes)
+        self._attempt, descriptor = self._openings.attempt(query, trainers_only=ask.trainers_only, keys=keys, now=now)
+        asked = live if keys is None else [site for site in live if site in keys.holders]
+        directive = pb.Ask(query_json=query.to_json(), descriptor=descriptor.canonical())
+        self.sessions.ask(asked, descriptor.ctx, ask=directive)
         return False
 
-    def _server(self, descriptor: RoundDescriptor, spool: Spool) -> SecAggServer:
-        """A round that sets up its own keys, recorded where the settings say so."""
-        roster, key = self._identity.roster, self._identity.signing_key
-        if not self.settings.rounds.transcripts:
-            return SecAggServer(descriptor, roster=roster, signing_key=key, spool=spool)
-        write = self._store.transcript(self._round, self._number)
-        return RecordingServer(descriptor, roster=roster, signing_key=key, spool=spool, write=write)
-
-    def _begin_set_up(self, sites: tuple[str, ...], cohort: Cohort, present: Mapping[str, bytes], now: float) -> None:
-        descriptor = EpochDescriptor.choose(
-            sites,
-            run_id=self.run,
-            epoch=self._epochs,
-            slots=self.settings.rounds.prepared_rounds,
-            roster=self._identity.roster,
-            config_hash=self.settings.digest(),
-            colluders=cohort.colluders,
-            min_survivors=cohort.min_survivors,
-        )
-        self._epochs += 1
+    def _begin_set_up(self, present: Mapping[str, bytes], now: float) -> None:
         if self._set_up is not None:
             self._set_up.abort()
-        server = EpochServer(descriptor, roster=self._identity.roster, signing_key=self._identity.signing_key)
-        self._set_up = SetUp(server, tokens=present, waits=self.config.rounds, now=now)
-        for site in present:
-            self._sessions[site].asked = descriptor.ctx
-            self._tell(site, prepare=pb.Prepare(descriptor=descriptor.canonical()))
+        self._set_up, descriptor = self._openings.set_up(self._epochs, tokens=present, now=now)
+        self._epochs += 1
+        self.sessions.ask(present, self._set_up.ctx, prepare=pb.Prepare(descriptor=descriptor))
 
-    def _prepare(self, now: float) -> bool:
+    def _prepare(self, keys: SetUp, now: float) -> bool:
         """Advance the set-up of keys; one that fails counts as a failed attempt of the round it was for."""
-        keys = self._set_up
-        assert keys is not None
         try:
-            step = keys.advance(now, lambda site: self._takes_part(site, keys, now))
+            step = keys.advance(now, lambda site: self.sessions.takes_part(site, keys.ctx, now))
         except ProtocolError as error:
             keys.abort()
             self._set_up = None
@@ -433,42 +288,23 @@ class Coordinator:
             return True
         if step is None:
             return False
-        for site, payload in step.relays.items():
-            self._tell(site, relay=pb.Relay(ctx=keys.ctx, phase=step.phase, payload=payload))
+        self.sessions.relay(keys.ctx, step.phase, step.relays)
         if not self._preparing:
-            left_out = set(keys.cohort) - set(keys.holders)
-            self._tell_asked(left_out, keys.ctx, code="FS-1707", reason="the keys were set up without this site")
+            self._left_out(keys.cohort, keys.holders, keys.ctx, reason="the keys were set up without this site")
         return True
 
-    def _query(self, ask: Ask, sites: tuple[str, ...]) -> Query:
-        hashes = {name: digest_tensor(name, value) for name, value in ask.inputs.items()}
-        self._tensors = {hashes[name]: pack_tensor(name, value) for name, value in ask.inputs.items()}
-        return Query(
-            run=self.run,
-            round=self._round,
-            attempt=self._number,
-            method=ask.method,
-            version=ask.version,
-            cohort=sites,
-            inputs=hashes,
-            segments=ask.segments,
-            events=ask.events,
-        )
+    # --- endings ----------------------------------------------------------------------------------------------------
 
-    def _fail(self, error: ProtocolError, now: float) -> None:
-        attempt = self._attempt
-        assert attempt is not None
-        attempt.abort()
-        self._attempt = None
-        self._failed(error, now, cohort=attempt.query.cohort, ctx=attempt.ctx, started=attempt.started)
+    def _left_out(self, cohort: tuple[str, ...], others: tuple[str, ...], ctx: bytes, *, reason: str) -> None:
+        self.sessions.tell_asked(set(cohort) - set(others), ctx, code="FS-1707", reason=reason)
 
     def _failed(self, error: ProtocolError, now: float, *, cohort: tuple[str, ...], ctx: bytes, started: float) -> None:
         """Record an attempt, or a set-up, that ended without a sum; the next one follows or the run ends."""
-        left = [f"{n} left with {s.leaving}" for n, s in sorted(self._sessions.items()) if s.leaving]
+        left = self.sessions.departures()
         reason = "; ".join([f"{error.code}: {error.found}", *left])
         log.warning("attempt aborted: %s", reason)
-        self._log_attempt(cohort, ctx, started, now, aborted=reason, code=error.code)
-        self._tell_asked(cohort, ctx, code=error.code, reason=reason)
+        self._record(cohort, ctx, started, now, aborted=reason, code=error.code)
+        self.sessions.tell_asked(cohort, ctx, code=error.code, reason=reason)
         self._number += 1
         self._waiting_since = now
         if self._number >= self.config.rounds.max_attempts:
@@ -482,81 +318,35 @@ class Coordinator:
                 now,
             )
 
-    def _require_finite(self) -> None:
-        """A sum that ruins the model ends the run here, instead of at every site."""
-        broken = [name for name, value in self._progress.state.tensors.items() if not np.isfinite(value).all()]
-        if broken:
-            raise RunError(
-                "FS-1717",
-                f"round {self._round} left values in {', '.join(broken)} that are not finite",
-                expected="finite tensors after every step",
-                cure="lower the learning rate; if it is modest, a site has sent extreme values",
-            )
-
-    def _log_attempt(self, cohort: tuple[str, ...], ctx: bytes, started: float, now: float, **outcome: Any) -> None:
-        record = {
-            "round": self._round,
-            "attempt": self._number,
-            "stage": self._progress.stage,
-            "method": "evaluate" if self._progress.stage != "training" else self.settings.method.name,
-            "cohort": list(cohort),
-            "context": ctx.hex(),
-            "seconds": round(now - started, 3),
+    def _record(self, cohort: tuple[str, ...], ctx: bytes, started: float, now: float, **outcome: Any) -> None:
+        self._account.attempt(
+            round=self._round,
+            attempt=self._number,
+            stage=self._progress.stage,
+            cohort=cohort,
+            ctx=ctx,
+            seconds=round(now - started, 3),
             **outcome,
-        }
-        self._attempts.append(record)
-        self._store.attempt(record)
-
-    def _tell(self, site: str, **kind: Any) -> None:
-        session = self._sessions.get(site)
-        if session is not None:
-            session.sent += 1
-            session.outbox.append(pb.Directive(sequence=session.sent, **kind))
-
-    def _tell_asked(self, sites: Iterable[str], ctx: bytes, *, code: str, reason: str) -> None:
-        """What became of an attempt, to the processes that were asked to take part in it."""
-        for site in sorted(sites):
-            session = self._sessions.get(site)
-            if session is not None and session.asked == ctx:
-                self._tell(site, abort=pb.Abort(ctx=ctx, code=code, reason=reason))
-
-    def _save(self) -> None:
-        state = self._progress.state
-        facts = {**state.facts, "evaluations": self._progress.evaluations}
-        self._store.progress(
-            round=self._round, stage=self._progress.stage, step=state.step, tensors=state.tensors, facts=facts
         )
 
-    def _summary(self) -> dict[str, Any]:
-        evaluations: Mapping[str, Mapping[str, Any]] = self._progress.evaluations
-        return {
-            "run": self.run.hex(),
-            "federation": self.config.name,
-            "method": self.config.method.name,
-            "rounds": self._progress.state.step,
-            "attempts": self._attempts,
-            "evaluations": {stage: dict(facts) for stage, facts in evaluations.items()},
-        }
-
     def _finish(self, now: float) -> None:
-        tensors = self._progress.state.tensors
-        hashes = {name: digest_tensor(name, value) for name, value in tensors.items()}
-        self._tensors = {hashes[name]: pack_tensor(name, value) for name, value in tensors.items()}
-        self._end({"complete": True, **self._summary()}, hashes, now)
+        self._broadcast = Broadcast.of(self._progress.state.tensors)
+        outcome = {"complete": True, **self._account.summary(self._progress)}
+        self._end(outcome, self._broadcast.hashes, now)
 
     def _give_up(self, error: RunError, now: float) -> None:
         self.failure = error
         if self._attempt is not None:
             self._attempt.abort()
             self._attempt = None
-        self._end({"complete": False, "code": error.code, "error": str(error), **self._summary()}, {}, now)
+        summary = self._account.summary(self._progress)
+        self._end({"complete": False, "code": error.code, "error": str(error), **summary}, {}, now)
 
     def _end(self, outcome: dict[str, Any], outputs: Mapping[str, bytes], now: float) -> None:
         self.outcome, self._ended_at = outcome, now
         text = json.dumps(outcome, sort_keys=True)
         self._ended = pb.Finished(complete=outcome["complete"], summary_json=text, outputs=outputs)
-        for site in self._sessions:
-            self._tell(site, finished=self._ended)
+        self.sessions.tell_all(finished=self._ended)
 
     def write_status(self, now: float) -> None:
         """Refresh ``status.json``."""

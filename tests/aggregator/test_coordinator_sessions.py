@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from federation_world import World
 
-from fedsecure.aggregator import coordinator as module
+from fedsecure.aggregator import sessions as module
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.errors import FedsecureError, RunError, TransportError
 from fedsecure.identity.provision import load_identity
@@ -59,7 +59,7 @@ class Stage:
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        return self.core._attempts
+        return self.core._account.attempts
 
 
 @pytest.fixture
@@ -122,10 +122,10 @@ def test_an_old_connection_that_breaks_late_does_not_silence_the_new_process(sta
     stage.join("site-2")
     stage.core.gone("site-2", old, stage.now)
     stage.now += 3
-    assert stage.core._alive("site-2", stage.now)
+    assert stage.core.sessions.alive("site-2", stage.now)
     stage.core.gone("site-2", stage.tokens["site-2"], stage.now)
     stage.now += 3
-    assert not stage.core._alive("site-2", stage.now)
+    assert not stage.core.sessions.alive("site-2", stage.now)
 
 
 def test_a_site_that_leaves_says_why_and_the_others_are_told(stage: Stage) -> None:
@@ -149,8 +149,9 @@ def test_a_site_that_leaves_says_why_and_the_others_are_told(stage: Stage) -> No
 def test_a_site_that_never_listens_does_not_fill_the_memory(stage: Stage) -> None:
     stage.all_join()
     for _ in range(10_000):
-        stage.core._tell("site-1", wait=pb.Wait(reason="x"))
-    session = stage.core._sessions["site-1"]
+        stage.core.sessions.tell("site-1", wait=pb.Wait(reason="x"))
+    session = stage.core.sessions.find("site-1")
+    assert session is not None
     assert len(session.outbox) == module.OUTBOX
     latest = stage.poll("site-1", after=session.sent - 1)
     assert latest is not None
@@ -169,7 +170,7 @@ def test_joining_again_and_again_keeps_one_session_a_site(stage: Stage) -> None:
     token = os.urandom(16)
     for _ in range(1000):
         stage.join("site-1", token)
-    assert len(stage.core._sessions) == 1
+    assert len(stage.core.sessions._sessions) == 1
     with pytest.raises(RunError, match="FS-1703"):
         stage.join("site-1")
 
@@ -246,10 +247,10 @@ def test_a_method_that_fails_ends_the_run_with_a_reason_for_the_sites(
 def test_a_model_that_is_ruined_ends_the_run_at_the_aggregator(stage: Stage) -> None:
     stage.all_join()
     tensors = stage.core._progress.state.tensors
-    assert stage.core._require_finite() is None
+    stage.core._account.save(0, stage.core._progress)
     next(iter(tensors.values()))[0, 0] = np.nan
     with pytest.raises(RunError, match="FS-1717"):
-        stage.core._require_finite()
+        stage.core._account.save(0, stage.core._progress)
 
 
 def test_an_upload_is_checked_before_a_byte_is_kept(stage: Stage) -> None:

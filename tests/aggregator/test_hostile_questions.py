@@ -28,6 +28,8 @@ from fedsecure.methods.base import Ask
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.site.line import Line
+from fedsecure.site.questions import accept
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.transport.tensors import pack_tensor
 from fedsecure.wire import federation_pb2 as pb
@@ -45,7 +47,7 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[World, Cli
 
 def honest(client: Client, round: int, attempt: int = 0) -> Query:
     """What the aggregator should ask."""
-    settings = client._settings
+    settings = client._member.settings
     ask = question(settings, round, start=starting_state(settings))
     assert ask is not None
     return Query(
@@ -63,12 +65,12 @@ def honest(client: Client, round: int, attempt: int = 0) -> Query:
 
 def wrapped(client: Client, query: Query) -> pb.Ask:
     """The question with a context that fits it in every byte, as an aggregator would make it."""
-    _, cohort = cohort_of(client._settings, trainers_only=query.method != "evaluate")
+    _, cohort = cohort_of(client._member.settings, trainers_only=query.method != "evaluate")
     descriptor = RoundDescriptor.from_query(
         query,
         roster=client._identity.roster,
-        config_hash=client._settings.digest(),
-        base_hash=bytes.fromhex(client._features.fingerprint),
+        config_hash=client._member.settings.digest(),
+        base_hash=bytes.fromhex(client._member.features.fingerprint),
         colluders=cohort.colluders,
         min_survivors=cohort.min_survivors,
     )
@@ -105,8 +107,8 @@ ATTACKS: dict[str, Callable[[Client], Query]] = {
     "an event that nobody asked for": lambda c: two_events(honest(c, TRAINING)),
     "hits counted in between": lambda c: replace(honest(c, 0), round=TRAINING),
     "a round too many": lambda c: replace(honest(c, TRAINING), round=99),
-    "training once more at the end": lambda c: replace(honest(c, TRAINING), round=c._settings.method.rounds + 1),
-    "attempts without end": lambda c: replace(honest(c, TRAINING), attempt=c._settings.rounds.max_attempts),
+    "training once more at the end": lambda c: replace(honest(c, TRAINING), round=c._member.settings.method.rounds + 1),
+    "attempts without end": lambda c: replace(honest(c, TRAINING), attempt=c._member.settings.rounds.max_attempts),
     "another version": lambda c: replace(honest(c, TRAINING), version="2"),
     "a tensor more": lambda c: replace(honest(c, TRAINING), inputs={"D": bytes(32), "E": bytes(32)}),
     "a hash cut short": lambda c: replace(honest(c, TRAINING), inputs={"D": bytes(31)}),
@@ -118,16 +120,17 @@ def test_a_question_other_than_the_settings_call_for_is_refused(scene: tuple[Wor
     _, client = scene
     query = ATTACKS[attack](client)
     with pytest.raises(ProtocolError, match="FS-1373"):
-        client._accept(wrapped(client, query))
+        accept(wrapped(client, query), client._member)
 
 
 def test_what_the_settings_call_for_is_accepted(scene: tuple[World, Client]) -> None:
     _, client = scene
-    for round in range(client._settings.method.rounds + 2):
+    settings, start = client._member.settings, client._member.start
+    for round in range(settings.method.rounds + 2):
         query = honest(client, round, attempt=1)
-        assert client._accept(wrapped(client, query))[0] == query
-    assert question(client._settings, client._settings.method.rounds + 2, start=client._start) is None
-    assert question(client._settings, -1, start=client._start) is None
+        assert accept(wrapped(client, query), client._member).query == query
+    assert question(settings, settings.method.rounds + 2, start=start) is None
+    assert question(settings, -1, start=start) is None
 
 
 @pytest.mark.parametrize("attack", ["the price of a sample", "less noise, honestly priced", "hits counted in between"])
@@ -137,11 +140,11 @@ def test_nothing_else_would_have_refused_it(
     # The positive control: signed context, policy and price are all in order, so the comparison is what refuses.
     _, client = scene
     query = ATTACKS[attack](client)
-    state = starting_state(client._settings)
+    state = starting_state(client._member.settings)
     believed = Ask(query.method, query.version, state.tensors, query.segments, query.events, query.method != "evaluate")
-    monkeypatch.setattr("fedsecure.client.question", lambda *_, **__: believed)
-    client._accept(wrapped(client, query))
-    client._door(None, None).check(query)
+    monkeypatch.setattr("fedsecure.site.questions.question", lambda *_, **__: believed)
+    accept(wrapped(client, query), client._member)
+    client._sources.door(None, None).check(query)
 
 
 def text_of(client: Client, change: Callable[[dict[str, Any]], None]) -> str:
@@ -172,7 +175,7 @@ MALFORMED: dict[str, Callable[[Client], str]] = {
 def test_a_malformed_question_is_one_typed_refusal(scene: tuple[World, Client], case: str) -> None:
     _, client = scene
     with pytest.raises(ProtocolError, match="FS-137[13]"):
-        client._accept(pb.Ask(query_json=MALFORMED[case](client), descriptor=b""))
+        accept(pb.Ask(query_json=MALFORMED[case](client), descriptor=b""), client._member)
 
 
 @pytest.mark.parametrize(
@@ -191,8 +194,8 @@ def test_a_model_that_is_no_model_is_refused(scene: tuple[World, Client], tensor
 
     def fetched(value: Any) -> Any:
         sender = SimpleNamespace(fetch=lambda request: pack_tensor("D", value))
-        client_like = SimpleNamespace(transport=sender, _session=b"")
-        return Client._fetch(client_like, {"D": digest_tensor("D", value)}, client._start.tensors)  # type: ignore[arg-type]
+        line = Line(sender, wait_seconds=1.0, progress=lambda moment: None)  # type: ignore[arg-type]
+        return line.fetch({"D": digest_tensor("D", value)}, client._member.start.tensors)
 
     with pytest.raises(ProtocolError, match="FS-1374"):
         fetched(tensor)
@@ -353,19 +356,19 @@ def test_a_data_set_handed_in_must_be_the_declared_one(tmp_path: Path) -> None:
     world = World(tmp_path)
     world.start()
     with world.client("site-1") as client:
-        client._door(arrays("site-1-train"), arrays("site-1-test", public=True))
+        client._sources.door(arrays("site-1-train"), arrays("site-1-test", public=True))
         with pytest.raises(PrivacyError, match="FS-1228"):
-            client._door(arrays("another"), None)
+            client._sources.door(arrays("another"), None)
         with pytest.raises(PrivacyError, match="FS-1228"):
-            client._door(None, arrays("site-1-test", public=False))
+            client._sources.door(None, arrays("site-1-test", public=False))
         with pytest.raises(DataError, match="FS-1126"):
-            client._door(arrays("site-1-train", classes=CLASSES[::-1]), None)
+            client._sources.door(arrays("site-1-train", classes=CLASSES[::-1]), None)
 
 
 def test_another_data_set_is_read_and_not_the_one_before(scene: tuple[World, Client]) -> None:
     _, client = scene
     small, large = arrays("site-1-train"), None
-    sizes = [len(client._door(data, None).sources["train"].load()) for data in (small, large, small)]
+    sizes = [len(client._sources.door(data, None).sources["train"].load()) for data in (small, large, small)]
     assert sizes == [6, 30, 6]
 
 
@@ -381,7 +384,7 @@ def test_a_patient_is_in_the_training_set_or_in_the_private_evaluation_set(tmp_p
     shared = arrays("site-1-test", patients=[*patients[:1], *(f"q{i}" for i in range(5))])
     with world.client("site-1") as client:
         for evaluation, fine in ((apart, True), (shared, False)):
-            sources = client._door(train, evaluation).sources
+            sources = client._sources.door(train, evaluation).sources
             sources["train"].load()
             if fine:
                 sources["evaluation"].load()

@@ -15,6 +15,7 @@ from federation_world import World
 from fedsecure.errors import BudgetExceeded, PrivacyError, ProtocolError, RunError
 from fedsecure.learning.artefact import load_adapter
 from fedsecure.privacy.ledger import Ledger
+from fedsecure.site.sources import Sources
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
 
@@ -269,7 +270,7 @@ def test_nothing_is_read_before_the_charge_is_on_disk(tmp_path: Path, monkeypatc
     world = World(tmp_path, rounds=1)
     world.start()
     seen: list[int] = []
-    original = world.client("site-1").__class__._loader
+    original = Sources._loader
 
     def spying(self: Any, population: Any, section: Any, given: Any) -> Any:
         read = original(self, population, section, given)
@@ -281,7 +282,7 @@ def test_nothing_is_read_before_the_charge_is_on_disk(tmp_path: Path, monkeypatc
 
         return checked
 
-    monkeypatch.setattr("fedsecure.client.Client._loader", spying)
+    monkeypatch.setattr("fedsecure.site.sources.Sources._loader", spying)
     world.run(*(world.take_part(name) for name in world.names))
     assert not world.errors
     assert len(seen) == 3

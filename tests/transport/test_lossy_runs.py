@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -102,7 +103,7 @@ def test_a_tensor_that_is_broadcast_no_more_is_an_aborted_attempt(tmp_path: Path
         def fetch(self, request: pb.FetchRequest) -> bytes:
             while not self.waited:
                 with self._gate:
-                    self.waited = request.digest not in self._core._tensors  # type: ignore[attr-defined]
+                    self.waited = request.digest not in self._core._broadcast.blobs  # type: ignore[attr-defined]
                 time.sleep(0.01)
             return super().fetch(request)
 
@@ -127,7 +128,8 @@ def test_a_site_that_cannot_pay_any_more_says_so_to_the_others(tmp_path: Path) -
             for query in client.queries():
                 if query.round == 2:
                     limits = client.config.policy.model_copy(update={"max_epsilon": 0.5})
-                    client.config = client.config.model_copy(update={"policy": limits})
+                    poorer = client.config.model_copy(update={"policy": limits})
+                    client._sources.member = replace(client._sources.member, config=poorer)
                 client.answer(query)
 
     world.run(poor, *(world.take_part(name) for name in ("site-1", "site-3")))
@@ -156,9 +158,10 @@ def test_a_refused_second_process_does_not_silence_the_first(tmp_path: Path) -> 
     world = World(tmp_path)
     world.start()
     with world.client("site-1"):
-        session = world.coordinator._sessions["site-1"]
+        session = world.coordinator.sessions.find("site-1")
+        assert session is not None
         with pytest.raises(RunError, match="FS-1703"), world.client("site-1"):
             pass
-        assert world.coordinator._sessions["site-1"] is session
+        assert world.coordinator.sessions.find("site-1") is session
         MemoryTransport(world.coordinator, "site-1", threading.Condition()).close()
-        assert world.coordinator._alive("site-1", session.heard)
+        assert world.coordinator.sessions.alive("site-1", session.heard)

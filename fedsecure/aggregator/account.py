@@ -1,0 +1,82 @@
+"""The run's account of itself: every attempt with its outcome, the state after every sum, the summary at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from fedsecure.aggregator.schedule import Progress
+from fedsecure.aggregator.store import RunStore
+from fedsecure.config import RunSettings
+from fedsecure.errors import RunError
+
+
+@dataclass(slots=True)
+class Account:
+    """Keeps the attempts of one run, on disk and for the summary."""
+
+    settings: RunSettings
+    run: bytes
+    store: RunStore
+    attempts: list[dict[str, Any]] = field(default_factory=list)
+
+    def attempt(
+        self,
+        *,
+        round: int,
+        attempt: int,
+        stage: str,
+        cohort: tuple[str, ...],
+        ctx: bytes,
+        seconds: float,
+        **outcome: Any,
+    ) -> None:
+        """Record an attempt that is over: ``survivors``, or ``aborted`` and ``code``."""
+        record = {
+            "round": round,
+            "attempt": attempt,
+            "stage": stage,
+            "method": "evaluate" if stage != "training" else self.settings.method.name,
+            "cohort": list(cohort),
+            "context": ctx.hex(),
+            "seconds": seconds,
+            **outcome,
+        }
+        self.attempts.append(record)
+        self.store.attempt(record)
+
+    def save(self, round: int, progress: Progress) -> None:
+        """The state after a sum.
+
+        Raises:
+            RunError: FS-1717 the sum ruins the model: the run ends here, instead of at every site.
+        """
+        state = progress.state
+        broken = [name for name, value in state.tensors.items() if not np.isfinite(value).all()]
+        if broken:
+            raise RunError(
+                "FS-1717",
+                f"round {round} left values in {', '.join(broken)} that are not finite",
+                expected="finite tensors after every step",
+                cure="lower the learning rate; if it is modest, a site has sent extreme values",
+            )
+        facts = {**state.facts, "evaluations": progress.evaluations}
+        self.store.progress(round=round, stage=progress.stage, step=state.step, tensors=state.tensors, facts=facts)
+
+    def summary(self, progress: Progress) -> dict[str, Any]:
+        """What the run did, for its sites and its operator."""
+        evaluations: Mapping[str, Mapping[str, Any]] = progress.evaluations
+        return {
+            "run": self.run.hex(),
+            "federation": self.settings.name,
+            "method": self.settings.method.name,
+            "rounds": progress.state.step,
+            "attempts": self.attempts,
+            "evaluations": {stage: dict(facts) for stage, facts in evaluations.items()},
+        }
+
+
+__all__ = ["Account"]

@@ -1,0 +1,248 @@
+"""A site's line to the aggregator: one session, numbered directives in, messages out, and a pulse beside them.
+
+The site dials out only. Every wait is bounded and says what for; what the aggregator says is shown without control
+characters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from fedsecure.errors import FedsecureError, ProtocolError, RoundAborted, RunError
+from fedsecure.methods.base import Tensor
+from fedsecure.secagg.client import MaskedInput
+from fedsecure.transport.base import Transport
+from fedsecure.transport.status import printable
+from fedsecure.transport.tensors import check_like, unpack_tensor
+from fedsecure.wire import federation_pb2 as pb
+
+log = logging.getLogger("fedsecure.client")
+PROTOCOL = 1
+GOODBYE_SECONDS = 2.0
+# The attempt, or its phase, is over at the aggregator: what becomes of it comes as the next directive.
+_OVER = ("FS-1325", "FS-1706")
+# Reasons that have nothing to do with any record, so others may hear them.
+_PUBLIC_REASONS = ("FS-10", "FS-120", "FS-122", "FS-13", "FS-14")
+# But for these, which are about values or patients.
+_PRIVATE_REASONS = ("FS-1207", "FS-1229")
+
+
+@dataclass(frozen=True, slots=True)
+class Moment:
+    """A sign of progress for whoever shows it: what is going on, and how far the run is."""
+
+    what: str
+    round: int = 0
+    rounds: int = 0
+
+
+Progress = Callable[[Moment], None]
+
+
+class Line:
+    """One session of one process.
+
+    Args:
+        transport: how to reach the aggregator.
+        wait_seconds: longest wait for a directive that is of use.
+        progress: called with a :class:`Moment` while waiting.
+    """
+
+    def __init__(self, transport: Transport, *, wait_seconds: float, progress: Progress) -> None:
+        self.transport = transport
+        self._wait_seconds = wait_seconds
+        self._progress = progress
+        self._session = os.urandom(16)
+        self._seen = 0
+        self._held: pb.Directive | None = None
+        self._joined = False
+        self._left = False
+        self._pulse = threading.Event()
+
+    # --- the session ------------------------------------------------------------------------------------------------
+
+    def join(self, roster_hash: bytes) -> pb.JoinReply:
+        """Open the session; raises what the aggregator answers."""
+        reply = self.transport.join(
+            pb.JoinRequest(
+                protocol=PROTOCOL,
+                session=self._session,
+                roster_hash=roster_hash,
+                software="fedsecure",
+            )
+        )
+        self._joined = True
+        return reply
+
+    def start_pulse(self) -> None:
+        """Beat from a thread of its own until the session ends."""
+        stop, transport, token = self._pulse, self.transport, self._session
+
+        def beat() -> None:
+            while not stop.is_set():
+                try:
+                    transport.beat(pb.BeatRequest(session=token))
+                except (FedsecureError, ValueError):
+                    stop.wait(1.0)
+
+        threading.Thread(target=beat, name="fedsecure-pulse", daemon=True).start()
+
+    def say_why(self, error: BaseException) -> None:
+        """Tells the aggregator, and so the other sites, that this site leaves; a code, and only a public one."""
+        public = isinstance(error, FedsecureError) and error.code.startswith(_PUBLIC_REASONS)
+        if isinstance(error, FedsecureError) and public and error.code not in _PRIVATE_REASONS:
+            self.leave(error.code)
+
+    def leave(self, code: str) -> None:
+        """Frees the session for this site's next process, and lets the others go on without it; once."""
+        if not self._joined or self._left:
+            return
+        self._left = True
+        self._pulse.set()
+
+        def goodbye() -> None:
+            try:
+                self.transport.beat(pb.BeatRequest(session=self._session, leaving=code))
+            except (FedsecureError, ValueError):
+                log.info("the aggregator was not told")
+
+        # An aggregator that is gone must not keep a site that wants to leave.
+        told = threading.Thread(target=goodbye, name="fedsecure-goodbye", daemon=True)
+        told.start()
+        told.join(GOODBYE_SECONDS)
+
+    def farewell(self) -> None:
+        """Tells the aggregator that the end was heard."""
+        self._pulse.set()
+        try:
+            self.transport.next(pb.NextRequest(session=self._session, after=self._seen))
+        except FedsecureError:
+            log.info("the aggregator left first")
+
+    def close(self) -> None:
+        """Stop the pulse and close the transport."""
+        self._pulse.set()
+        self.transport.close()
+
+    # --- what comes -------------------------------------------------------------------------------------------------
+
+    def deadline(self) -> float:
+        """Until when to wait, from now on."""
+        return time.monotonic() + self._wait_seconds
+
+    def next(self, give_up: float) -> pb.Directive:
+        """The next directive; waits say what for, and end at ``give_up``.
+
+        Raises:
+            ProtocolError: FS-1375 a directive out of order, or of no kind.
+            RunError: FS-1711 nothing of use came.
+        """
+        if self._held is not None:
+            held, self._held = self._held, None
+            return held
+        reason = "the aggregator sends nothing of use"
+        while time.monotonic() <= give_up:
+            directive = self.transport.next(pb.NextRequest(session=self._session, after=self._seen))
+            kind = directive.WhichOneof("kind")
+            if kind == "wait":
+                reason = printable(directive.wait.reason)
+                self._progress(Moment(reason))
+                continue
+            if kind is None or directive.sequence <= self._seen:
+                raise ProtocolError(
+                    "FS-1375",
+                    f"directive {directive.sequence} of kind {kind} after directive {self._seen}",
+                    expected="a directive of this release with the next number",
+                    cure="install the same fedsecure release on both sides",
+                )
+            self._seen = directive.sequence
+            return directive
+        raise RunError(
+            "FS-1711",
+            f"nothing to do for {self._wait_seconds:g} s: {reason}",
+            expected="a question within wait_seconds",
+            cure="see the named sites, or raise wait_seconds",
+        )
+
+    def relay(self, ctx: bytes, phase: str) -> bytes:
+        """The aggregator's broadcast of a phase of this attempt.
+
+        Raises:
+            RoundAborted: FS-1360 the aggregator aborts the attempt, FS-1361 it goes on without it.
+        """
+        give_up = self.deadline()
+        while True:
+            directive = self.next(give_up)
+            kind = directive.WhichOneof("kind")
+            if kind == "relay" and directive.relay.ctx == ctx and directive.relay.phase == phase:
+                return bytes(directive.relay.payload)
+            if kind == "abort" and directive.abort.ctx == ctx:
+                raise RoundAborted(
+                    "FS-1360",
+                    printable(directive.abort.reason),
+                    expected="a round that ends with a sum",
+                    cure="none needed; the next attempt uses new keys and is charged anew",
+                )
+            if kind in ("ask", "prepare", "finished"):
+                self._held = directive
+                raise RoundAborted(
+                    "FS-1361",
+                    "the aggregator went on without finishing this attempt",
+                    expected="the messages of one attempt in order",
+                    cure="none needed",
+                )
+
+    def fetch(self, hashes: Mapping[str, bytes], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Broadcast tensors by hash, of the types and shapes of ``like``; the names are equal already.
+
+        Raises:
+            ProtocolError: FS-1374 other bytes than the hash says, another type or shape, or values not finite.
+        """
+        tensors = {}
+        for name, digest in hashes.items():
+            blob = self.transport.fetch(pb.FetchRequest(session=self._session, digest=digest))
+            tensors[name] = unpack_tensor(name, digest, blob)
+            check_like(name, tensors[name], like[name])
+        return tensors
+
+    # --- what goes --------------------------------------------------------------------------------------------------
+
+    def send(self, ctx: bytes, payload: bytes) -> None:
+        """A small protocol message."""
+        with over_at_the_aggregator(*_OVER):
+            self.transport.send(pb.PhaseMessage(session=self._session, ctx=ctx, payload=payload))
+
+    def upload(self, ctx: bytes, sealed: MaskedInput) -> None:
+        """The masked vector, with its signed header."""
+        payload = memoryview(sealed.payload).cast("B")
+        header = pb.UploadHeader(session=self._session, ctx=ctx, header=sealed.header, size=len(payload))
+        with over_at_the_aggregator(*_OVER):
+            self.transport.upload(header, payload)
+
+
+@contextmanager
+def over_at_the_aggregator(*codes: str, aborts: bool = False) -> Iterator[None]:
+    """Some refusals only say that the aggregator is further on.
+
+    A message may have been counted although its reply was lost, or have come too late: the next directive tells which.
+    Where there is nothing to go on with (``aborts``), the attempt ends here.
+    """
+    try:
+        yield
+    except (RunError, ProtocolError) as error:
+        if error.code not in codes:
+            raise
+        if aborts:
+            raise lost(error) from error
+        log.info("the aggregator is further on: %s", error.found)
+
+
+def lost(error: FedsecureError) -> RoundAborted:
+    """The attempt goes on without this site, for the reason given: no failure, the next one follows (FS-1362)."""
+    return RoundAborted("FS-1362", error.found, expected=error.expected, cure=error.cure)

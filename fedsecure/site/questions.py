@@ -1,0 +1,119 @@
+"""A site's judgement of what it is asked: everything that can be recomputed is recomputed, and compared.
+
+The aggregator chooses nothing that the site cannot veto. What passes here has the method, layout, noise, price and
+context that the run's public settings call for at this point, and breaks none of this site's own floors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedsecure.errors import ProtocolError
+from fedsecure.messages import Query
+from fedsecure.methods.agenda import question
+from fedsecure.methods.base import Ask
+from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.contexts import epoch_context, round_context
+from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.secagg.epoch_descriptor import EpochDescriptor
+from fedsecure.secagg.policy import RoundPolicy, check, check_epoch
+from fedsecure.site.membership import Membership
+from fedsecure.wire import federation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """An accepted question, its signed context, and what the settings call for there."""
+
+    query: Query
+    descriptor: RoundDescriptor
+    ask: Ask
+
+
+def accept(asked: pb.Ask, member: Membership) -> Question:
+    """Parse a question and recompute all of it.
+
+    Raises:
+        ProtocolError: FS-1371 malformed, FS-1373 not what the settings call for, FS-1372 a context of other numbers;
+            others where a floor of this site is broken (:func:`fedsecure.secagg.policy.check`).
+    """
+    try:
+        query = Query.from_json(asked.query_json)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, AssertionError, RecursionError) as e:
+        raise ProtocolError(
+            "FS-1371",
+            "a query that cannot be parsed",
+            expected="the canonical form of this release",
+            cure="install the same fedsecure release on both sides",
+        ) from e
+    settings = member.settings
+    ask = question(settings, query.round, start=member.start)
+    called_for = None if ask is None else (ask.method, ask.version, ask.segments, ask.events, set(ask.inputs))
+    found = (query.method, query.version, query.segments, query.events, set(query.inputs))
+    sized = all(len(digest) == 32 for digest in query.inputs.values())
+    if ask is None or found != called_for or not sized or query.attempt >= settings.rounds.max_attempts:
+        raise ProtocolError(
+            "FS-1373",
+            f"question {query.round}, attempt {query.attempt}, is not what the run's settings call for there",
+            expected="the method, segments, events and inputs that this site computes from the same settings",
+            cure="do not go on with this aggregator, unless its release of the method is another; report it",
+        )
+    sites, _ = cohort_of(settings, trainers_only=ask.trainers_only)
+    # Which prepared keys a round uses is the aggregator's to say; whether they are there and unused, this site's.
+    claimed = RoundDescriptor.parse(asked.descriptor)
+    descriptor = round_context(
+        settings,
+        query,
+        roster=member.identity.roster,
+        trainers_only=ask.trainers_only,
+        epoch=claimed.epoch,
+        slot=claimed.slot,
+    )
+    if descriptor.canonical() != asked.descriptor or query.cohort != sites or query.run != member.run:
+        raise ProtocolError(
+            "FS-1372",
+            "the round's context is not what this site computes from the same public settings",
+            expected="equal descriptors on both sides",
+            cure="do not go on with this aggregator; report it",
+        )
+    check(
+        descriptor,
+        query,
+        policy=_floors(member),
+        roster=member.identity.roster,
+        site=member.config.site,
+        config_hash=settings.digest(),
+        base_hash=bytes.fromhex(member.features.fingerprint),
+    )
+    return Question(query, descriptor, ask)
+
+
+def accept_set_up(asked: pb.Prepare, member: Membership) -> EpochDescriptor:
+    """The context of a set-up of keys, recomputed but for its number.
+
+    Raises:
+        ProtocolError: FS-1379 not what this site computes; others where a floor of this site is broken.
+    """
+    settings, roster = member.settings, member.identity.roster
+    descriptor = EpochDescriptor.parse(asked.descriptor)
+    expected = epoch_context(settings, run=member.run, number=descriptor.epoch, roster=roster)
+    if expected.canonical() != asked.descriptor:
+        raise ProtocolError(
+            "FS-1379",
+            "a set-up of keys that is not what this site computes from the same public settings",
+            expected="equal descriptors on both sides",
+            cure="do not go on with this aggregator; report it",
+        )
+    check_epoch(
+        descriptor,
+        policy=_floors(member),
+        roster=roster,
+        site=member.config.site,
+        config_hash=settings.digest(),
+    )
+    return descriptor
+
+
+def _floors(member: Membership) -> RoundPolicy:
+    limits = member.config.policy
+    return RoundPolicy(min_cohort=limits.min_cohort, min_colluders=limits.min_colluders, methods=limits.methods)

@@ -1,0 +1,130 @@
+"""What a site keeps of a run, in the run's folder: the method's own state, and at the end report, adapter and traffic.
+
+<state>/runs/<run>/<method>.safetensors   what a method keeps between rounds
+<state>/runs/<run>/privacy-report.json, adapter.safetensors, usage.json
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors.numpy import load_file
+from safetensors.numpy import save as save_tensors
+
+from fedsecure.errors import ProtocolError
+from fedsecure.files import write_whole
+from fedsecure.identity import keys
+from fedsecure.learning.artefact import AdapterMetadata, save_adapter
+from fedsecure.learning.engines import choose_engine
+from fedsecure.messages import SiteState
+from fedsecure.methods.base import Tensor
+from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.report import site_report
+from fedsecure.privacy.report_verify import PURPOSE, sign_report
+from fedsecure.site.membership import Membership
+from fedsecure.transport.base import Transport
+from fedsecure.transport.status import printable
+from fedsecure.wire import federation_pb2 as pb
+
+
+@dataclass(frozen=True, slots=True)
+class RunFolder:
+    """The files of one run at one site."""
+
+    path: Path
+
+    def load_state(self, method: str) -> SiteState:
+        """What a method kept; empty at first."""
+        path = self.path / f"{method}.safetensors"
+        return SiteState(tensors=load_file(path)) if path.exists() else SiteState()
+
+    def save_state(self, method: str, state: SiteState) -> None:
+        """Keep a method's state, if it has any."""
+        if state.tensors:
+            write_whole(self.path / f"{method}.safetensors", save_tensors(dict(state.tensors)))
+
+    def write_results(
+        self,
+        member: Membership,
+        *,
+        report: Mapping[str, Any],
+        outcome: Mapping[str, Any],
+        outputs: Mapping[str, Tensor],
+        transport: Transport,
+        seeded: bool,
+    ) -> None:
+        """Report, adapter and traffic."""
+        write_whole(self.path / "privacy-report.json", json.dumps(report, indent=2, sort_keys=True).encode())
+        settings = member.settings
+        task = member.method.task(settings, member.features)
+        encoder, privacy = settings.encoder, settings.privacy
+        metadata = AdapterMetadata(
+            model=encoder.model,
+            pretrained=encoder.pretrained,
+            fingerprint=encoder.fingerprint,
+            prompt=encoder.prompt,
+            classes=settings.classes,
+            temperature=task.temperature,
+            epsilon=None if seeded else adapter_epsilon(member, outcome),
+            delta=privacy.delta,
+            unit=privacy.unit,
+            rounds=settings.method.rounds,
+            preprocessing=member.features.preprocessing,
+            extra={"run": member.run.hex(), "method": member.method.name},
+        )
+        save_adapter(self.path / "adapter.safetensors", task, tensors=outputs, metadata=metadata)
+        usage = {
+            "bytes_up": transport.bytes_up,
+            "bytes_down": transport.bytes_down,
+            "engine": choose_engine(member.config.engine, task),
+        }
+        write_whole(self.path / "usage.json", json.dumps(usage).encode())
+
+
+def final_hashes(finished: pb.Finished, member: Membership) -> dict[str, bytes]:
+    """The hashes of the final tensors, which must have the names of the first ones; ProtocolError FS-1378."""
+    if set(finished.outputs) != set(member.start.tensors):
+        raise ProtocolError(
+            "FS-1378",
+            f"final tensors {[printable(name, limit=40) for name in sorted(finished.outputs)[:10]]}",
+            expected=f"{sorted(member.start.tensors)}",
+            cure="install the same fedsecure release on both sides",
+        )
+    return dict(finished.outputs)
+
+
+def adapter_epsilon(member: Membership, outcome: Mapping[str, Any]) -> float:
+    """ε of the site that paid most: aborted attempts are charged like others."""
+    from fedsecure.privacy.accounting import epsilon
+
+    paid = sum(attempt["stage"] == "training" for attempt in outcome.get("attempts", ()))
+    settings = member.settings
+    events = member.plan.round_events * max(settings.method.rounds, paid)
+    return epsilon(events, delta=settings.privacy.delta)
+
+
+def signed_report(
+    member: Membership, ledger: Ledger, *, outcome: dict[str, Any] | None, seeded: bool
+) -> dict[str, Any]:
+    """The site's privacy report, recomputed from the ledger's events and signed by the site."""
+    config, settings = member.config, member.settings
+    train, evaluation = config.train, config.evaluation
+    report = site_report(
+        site=config.site,
+        role=member.entry.role,
+        run=member.run.hex(),
+        settings=settings,
+        ledger=ledger,
+        train_dataset=train.name if train and member.entry.role == "train" else None,
+        evaluation_dataset=evaluation.name if evaluation and not member.evaluation_public else None,
+        delta=settings.privacy.delta,
+        plan=member.plan,
+        outcome=outcome,
+        seeded=seeded,
+    )
+    key = member.identity.signing_key
+    return sign_report(report, lambda body: keys.sign(key, PURPOSE, body), site=config.site)

@@ -1,0 +1,162 @@
+"""Where a site's units come from, and the door built around them (architecture.md §1).
+
+Nothing here is read before the door has charged for it: a source is two promises, one to name who pays, from
+identifiers alone, and one to read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from fedsecure.config import DatasetConfig
+from fedsecure.data.dataset import Dataset
+from fedsecure.data.loading import open_dataset
+from fedsecure.errors import DataError, PrivacyError
+from fedsecure.learning.features import load_units
+from fedsecure.learning.units import UnitFeatures
+from fedsecure.messages import Population
+from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.noise import PrivacyRng
+from fedsecure.release import Door, Source
+from fedsecure.site.line import Moment, Progress
+from fedsecure.site.membership import Membership
+
+
+@dataclass(slots=True)
+class Sources:
+    """Opens a site's data sets, and keeps what it has read of them for the next question."""
+
+    member: Membership
+    ledger: Ledger
+    rng: PrivacyRng
+    progress: Progress
+    _loaded: dict[Population, tuple[Dataset | None, UnitFeatures]] = field(default_factory=dict)
+    _hashes: dict[Population, tuple[Dataset | None, Sequence[bytes]]] = field(default_factory=dict)
+    _patients: dict[Population, frozenset[str]] = field(default_factory=dict)
+
+    def door(self, dataset: Dataset | None, evaluation: Dataset | None) -> Door:
+        """The door of one question, over the data sets given or, by default, those of the site's file.
+
+        Raises:
+            PrivacyError: FS-1228 a data set given is not the one that the site's file declares.
+            DataError: FS-1126 its classes are not the run's.
+        """
+        member = self.member
+        config, entry = member.config, member.entry
+        given: dict[Population, Dataset | None] = {"train": dataset, "evaluation": evaluation}
+        configured: dict[Population, DatasetConfig | None] = {
+            "train": config.train if entry.role == "train" else None,
+            "evaluation": config.evaluation if entry.evaluation_units > 0 else None,
+        }
+        sources: dict[Population, Source] = {}
+        for population, section in configured.items():
+            if section is not None:
+                public = population == "evaluation" and member.evaluation_public
+                self._check_given(section, given[population], public=public)
+                sources[population] = Source(
+                    section.name,
+                    public,
+                    self._loader(population, section, given[population]),
+                    self._hasher(population, section, given[population]),
+                )
+        return Door(
+            config=config,
+            settings=member.settings,
+            features=member.features,
+            ledger=self.ledger,
+            sources=sources,
+            rng=self.rng,
+            device=config.device,
+            run=member.run,
+        )
+
+    def _open(self, section: DatasetConfig, given: Dataset | None) -> Dataset:
+        return given if given is not None else open_dataset(section, classes=self.member.settings.classes)
+
+    def _check_given(self, section: DatasetConfig, given: Dataset | None, *, public: bool) -> None:
+        """A data set handed in must be the one the site's file declares: it is charged, or not, as that one."""
+        if given is None:
+            return
+        if given.name != section.name or (public and not given.public):
+            raise PrivacyError(
+                "FS-1228",
+                f"data set {given.name!r}, public: {given.public}, in place of {section.name!r}, public: {public}",
+                expected="the name under which the site's file charges it, and the same declaration",
+                cure="give the data set the name of its section, and declare it public only if it is",
+            )
+        classes = self.member.settings.classes
+        if tuple(given.classes) != classes:
+            raise DataError(
+                "FS-1126",
+                f"data set {given.name!r} with classes {list(given.classes)[:10]}",
+                expected=f"{list(classes)[:10]}, in this order",
+                cure="build the data set with the run's classes",
+            )
+
+    def _hasher(
+        self, population: Population, section: DatasetConfig, given: Dataset | None
+    ) -> Callable[[], Sequence[bytes]]:
+        """Who pays: every patient of the data set; where patients are unknown, every record of that place."""
+
+        def hashes() -> Sequence[bytes]:
+            earlier = self._hashes.get(population)
+            if earlier is None or earlier[0] is not given:
+                records = self._open(section, given)
+                records.index()
+                place = f"{section.path.resolve()}/{section.split or ''}"
+                patients = records.patient_ids
+                ids = (
+                    [f"patient/{name}" for name in dict.fromkeys(patients)]
+                    if patients is not None
+                    else [f"record/{place}/{name}" for name in records.record_ids]
+                )
+                earlier = self._hashes[population] = given, self.ledger.hash_units(ids, population)
+            return earlier[1]
+
+        return hashes
+
+    def _loader(
+        self, population: Population, section: DatasetConfig, given: Dataset | None
+    ) -> Callable[[], UnitFeatures]:
+        member = self.member
+        declared = member.entry.max_units if population == "train" else member.entry.evaluation_units
+        privacy = member.settings.privacy
+
+        def read() -> UnitFeatures:
+            earlier = self._loaded.get(population)
+            if earlier is None or earlier[0] is not given:
+                self.progress(Moment(f"reading and encoding {section.name}"))
+                records = self._open(section, given)
+                self._check_disjoint(population, records)
+                units = load_units(
+                    records,
+                    member.features,
+                    cache=member.config.state / "features",
+                    unit=privacy.unit,
+                    cap=privacy.max_records_per_unit,
+                    max_units=declared,
+                    key=self.ledger.key,
+                )
+                self._loaded[population] = given, units
+                return units
+            return earlier[1]
+
+        return read
+
+    def _check_disjoint(self, population: Population, records: Dataset) -> None:
+        """Training and private evaluation are charged apart, which holds for patients who are in one of them only."""
+        member = self.member
+        if member.settings.privacy.unit != "patient" or (population == "evaluation" and member.evaluation_public):
+            return
+        records.index()
+        mine = frozenset(records.patient_ids or ())
+        both = mine & self._patients.get("evaluation" if population == "train" else "train", frozenset())
+        if both:
+            raise PrivacyError(
+                "FS-1229",
+                f"{len(both)} patients are in the training set and in the private evaluation set",
+                expected="every patient in one of the two: each set is charged to its own patients",
+                cure="split by patient, for instance with `holdout` and `part`",
+            )
+        self._patients[population] = mine
