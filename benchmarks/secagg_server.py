@@ -131,7 +131,7 @@ def _aggregator(channel: Connection) -> None:
     digest = hashlib.sha256(finish.accumulator.data).digest()
     total = ring.lift(finish.accumulator)
     seconds = time.perf_counter() - start
-    assert not masks.bad
+    assert not masks.wrong
     assert len(total) == len(finish.accumulator)
     channel.send((seconds, digest, peak_mb()))
 

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from fedsecure.errors import RoundAborted
 from fedsecure.identity.roster import Roster
 from fedsecure.secagg import transcript
-from fedsecure.secagg.collection import KeyCollection
+from fedsecure.secagg.collection import KeyCollection, PublicKeys
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.epoch import slots_lost, used
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
@@ -139,13 +139,10 @@ class EpochServer:
         if descriptor.slot < self._next:
             raise used(descriptor.slot, self._next)
         self._next = descriptor.slot + 1
-        return SecAggServer(
-            descriptor,
-            roster=self._roster,
-            signing_key=self._signing_key,
-            spool=spool,
-            keys=self._collection.public_keys(descriptor.slot),
-        )
+        return self._serve(descriptor, spool, self._collection.public_keys(descriptor.slot))
+
+    def _serve(self, descriptor: RoundDescriptor, spool: Spool, keys: PublicKeys) -> SecAggServer:
+        return SecAggServer(descriptor, roster=self._roster, signing_key=self._signing_key, spool=spool, keys=keys)
 
     def abort(self) -> None:
         """End the epoch; rounds in progress go on."""

@@ -3,8 +3,9 @@ SP 800-38A).
 
 PRG(k) is AES-256-CTR with key k and a 128-bit big-endian counter from 0; ring word e of b bits is the
 little-endian word at byte e·b/8. A key masks one vector, ever. Chunks of 256 KiB keep keystream and
-accumulator in a second-level cache of 1 MiB. Large sums are shared with worker processes (:mod:`fedsecure.secagg.parallel`) tile
-by tile: a tile is a range of words and a batch of keys, and the sum does not depend on the tiling.
+accumulator in a second-level cache of 1 MiB. Large sums are shared with worker processes
+(:mod:`fedsecure.secagg.parallel`) tile by tile: a tile is a range of words and a batch of keys, and the sum does not
+depend on the tiling.
 """
 
 from __future__ import annotations

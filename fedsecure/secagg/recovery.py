@@ -72,13 +72,40 @@ def _on_line(subset: Mapping[int, bytes], holder: int, share: bytes) -> bool:
         return False
 
 
+def suspects(
+    owner: int, wrong: Collection[int], given: Collection[int], *, threshold: int, colluders: int
+) -> list[tuple[int, ...]]:
+    """Who may have lied about the shares of ``owner``: of the sites in each tuple at least one did.
+
+    A share off the polynomial was dealt wrongly by its owner, or given away wrongly by its holder; nobody else can make
+    one that opens. Which polynomial is the right one is certain only where more holders are on it than an honest
+    polynomial and all colluders together could bring there: two polynomials with one secret share t − 2 points at most,
+    so t + c − 1 holders on one are enough. With fewer, colluders can bend the polynomial around honest holders.
+
+    Args:
+        owner: whose secret it is.
+        wrong: holders off the polynomial that gave the secret.
+        given: all holders that gave a share.
+        threshold: t.
+        colluders: c.
+    """
+    if not wrong:
+        return []
+    if len(given) - len(wrong) >= threshold + colluders - 1:
+        return [tuple(dict.fromkeys((holder, owner))) for holder in sorted(wrong)]
+    return [tuple(dict.fromkeys((owner, *sorted(given))))]
+
+
 @dataclass(slots=True)
 class Masks:
-    """Keys of the mask streams to add and to subtract from the accumulator, and the holders of wrong shares."""
+    """Keys of the mask streams to add and to subtract from the accumulator.
+
+    ``wrong`` maps the owner of a secret to the holders whose share is not on the polynomial that gave it.
+    """
 
     plus: list[bytes] = field(default_factory=list, repr=False)
     minus: list[bytes] = field(default_factory=list, repr=False)
-    bad: set[int] = field(default_factory=set)
+    wrong: dict[int, set[int]] = field(default_factory=dict)
 
 
 class Unrecoverable(Exception):
@@ -119,13 +146,15 @@ def open_masks(
     Raises:
         Unrecoverable: a secret does not come back.
     """
-    masks, present = Masks(), sorted(survivors)
+    masks, present, last = Masks(), sorted(survivors), set[int]()
 
     def find(shares: Shares, owner: int, fits: Callable[[bytes], bool]) -> bytes:
-        found = recover(shares.get(owner, {}), threshold, fits=fits, suspects=masks.bad)
+        found = recover(shares.get(owner, {}), threshold, fits=fits, suspects=last)
         if found is None:
             raise Unrecoverable(owner)
-        masks.bad |= found[1]
+        if found[1]:
+            masks.wrong[owner] = found[1]
+            last.update(found[1])
         return found[0]
 
     for owner in present:

@@ -25,7 +25,7 @@ from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.inbox import Inbox
 from fedsecure.secagg.party import Party, broken
 from fedsecure.secagg.phases import ABORTS, Phase
-from fedsecure.secagg.recovery import Shares, Unrecoverable, open_masks
+from fedsecure.secagg.recovery import Shares, Unrecoverable, open_masks, suspects
 from fedsecure.secagg.spool import Spool
 from fedsecure.secagg.thresholds import Mode
 from fedsecure.wire import secagg_pb2 as pb
@@ -50,14 +50,15 @@ class SecAggResult:
         total: int64, length d: the sum of the survivors' vectors, lifted to [−2^(b−1), 2^(b−1)).
         survivors: sites in the sum, in protocol order.
         result_message: the signed result for every survivor.
-        bad_shares: sites whose shares did not fit; the sum is right without them.
-        unopened: site → senders whose sealed share it could not open.
+        bad_shares: of the sites in each tuple at least one lied about a share: the holder that gave it away and the
+            one that dealt it, or all who dealt and gave where it cannot be narrowed down. The sum is right without.
+        unopened: site → senders whose sealed share it says it could not open: it, or the sender, is at fault.
     """
 
     total: npt.NDArray[np.int64]
     survivors: tuple[str, ...]
     result_message: bytes
-    bad_shares: tuple[str, ...]
+    bad_shares: tuple[tuple[str, ...], ...]
     unopened: Mapping[str, tuple[str, ...]]
 
 
@@ -242,7 +243,7 @@ class SecAggServer:
             total=ring.lift(self._accumulator),
             survivors=self._party.names(survivors),
             result_message=pb.ServerMessage(result=result).SerializeToString(),
-            bad_shares=self._party.names(sorted(bad)),
+            bad_shares=tuple(self._party.names(group) for group in bad),
             unopened={self._descriptor.cohort[i - 1]: self._party.names(v) for i, v in self._uploaded.items() if v},
         )
 
@@ -325,8 +326,8 @@ class SecAggServer:
             cure="bring the missing sites back; the next attempt uses new keys and a new charge",
         )
 
-    def _remove_masks(self, survivors: list[int]) -> set[int]:
-        """Subtract every mask from the accumulator; returns the holders of wrong shares."""
+    def _remove_masks(self, survivors: list[int]) -> list[tuple[int, ...]]:
+        """Subtract every mask from the accumulator; returns who may have lied about a share."""
         public = self._public_keys()
         try:
             masks = open_masks(
@@ -349,4 +350,9 @@ class SecAggServer:
                 cure="compare the signed shares; the next attempt uses new keys and a new charge",
             ) from error
         prg.add_masks(self._accumulator, masks.plus, masks.minus)
-        return masks.bad
+        limits = {"threshold": self._descriptor.threshold, "colluders": self._descriptor.colluders}
+        found = dict[tuple[int, ...], None]()
+        for owner, wrong in masks.wrong.items():
+            given = (self._seed_shares if owner in self._uploaded else self._key_shares)[owner]
+            found.update(dict.fromkeys(suspects(owner, wrong, given, **limits)))
+        return list(found)

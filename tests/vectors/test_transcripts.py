@@ -329,7 +329,7 @@ def test_a_holder_that_gives_away_a_wrong_share(tmp_path: Path) -> None:
 
     resign_unmask(replay, "site-04", lie)
     replay.deliver("unmask")
-    assert replay.server.finish().bad_shares == ("site-04",)
+    assert replay.server.finish().bad_shares == (("site-04", "site-01"),)
     verdict = recorded(replay, tmp_path)
     assert found(verdict) == [("FS-1384", ("site-04", "site-01"))]
     assert verdict.sum_checked
