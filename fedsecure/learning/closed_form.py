@@ -1,23 +1,28 @@
 """Clipped sums of per-unit gradients in closed form, for the linear head and FACMIC's attention.
 
 Privacy.md §3.4 and §6, facmic.md §5.4-7: forward, one backward to the activations, norms from Gram products, one
-weighted product per weight. All in float64: a float32 sum over many units would move by more than the clip norm when
-one unit changes.
+weighted product per weight. Norms and sums are taken in float64: a float32 sum over many units would move by more than
+the clip norm when one unit changes. A record's own factors may be taken in float32, since the clip bounds whatever
+they are, as long as they are that record's alone: that a row's bits depend on nothing but the row is checked on this
+machine before it is relied on.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsecure.learning.adapters import Vector
+from fedsecure.learning.adapters import AdapterSpec, Vector
+from fedsecure.learning.engines import Precision
 from fedsecure.learning.modules import centred_inputs, to_tensors
 from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
@@ -28,6 +33,9 @@ LEAKY_SLOPE = 0.01
 # A Gram product over 2^16 entries errs by at most 2^-36 of the records' lengths squared, so above 2^-20 of them the
 # norm is right within SAFETY.
 CANCELLED = 2.0**-20
+# Records of the attention go through at most 256 at a time, so that a core's cache holds their activations, and always
+# a multiple of 64, so that products have few shapes.
+BLOCK, STEP = 256, 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,29 +61,112 @@ def clipped_sum(
     device: torch.device,
     chunk: int,
     plant: Plant | None = None,
+    precision: Precision = "float64",
 ) -> Vector:
     """Σ over units of clip_C(∇ of the mean cross-entropy over the unit's records), flat, in the spec's order.
 
     See :func:`fedsecure.learning.engines.clipped_sum` for the contract. ``plant`` is for the audit alone
-    (:mod:`fedsecure.learning.canaries`); labels past the last class are then its to replace.
+    (:mod:`fedsecure.learning.canaries`); labels past the last class are then its to replace. ``precision="float32"``
+    takes the attention's activations in float32, where their rows are seen to stand alone: gradients then err by about
+    1e-6 of their length, and the bound C holds as before.
     """
-    tensors = to_tensors(task.spec, parameters, device=device, dtype=torch.float64)
-    prior = torch.from_numpy(task.prior * task.scale).to(device)
-    log_prior = None if task.log_prior is None else torch.as_tensor(task.log_prior).to(device, torch.float64)
+    records = units.mask.shape[1]
+    in_blocks = task.spec.kind != "linear"
+    if in_blocks:
+        chunk = min(chunk, max(1, BLOCK // max(records, 1)))
+    adapter = _Adapter.of(task, parameters, device=device)
+    if in_blocks and precision == "float32":
+        largest = _padded(chunk * records)
+        if _rows_stand_alone(task.spec, largest, device, torch.get_num_threads()):
+            adapter = adapter.in_float32()
     total = torch.zeros(task.spec.parameters, dtype=torch.float64, device=device)
+    onto = _views(task.spec, total)
     for start in range(0, len(units), chunk):
         part = units.select(slice(start, start + chunk))
         mask = torch.from_numpy(part.mask).to(device)
-        features = torch.from_numpy(part.features).to(device)[mask].double()
-        weights = torch.from_numpy(part.weights).to(device)[mask]
-        labels = torch.from_numpy(part.labels).to(device)[mask]
-        backward = _linear if task.spec.kind == "linear" else _attention
+        count = int(mask.sum())
+        rows = _padded(count) if in_blocks else count
+
+        def block(values: npt.NDArray[Any], rows: int = rows, mask: Tensor = mask) -> Tensor:
+            kept = torch.from_numpy(values).to(device)[mask]
+            padded: Tensor = functional.pad(kept, [0, 0] * (kept.ndim - 1) + [0, rows - len(kept)])
+            return padded
+
+        features, weights, labels = block(part.features), block(part.weights), block(part.labels)
         known = labels if plant is None else labels.clamp(max=task.spec.classes - 1)
-        factors = backward(centred_inputs(task, features), known, weights, tensors, prior, log_prior)
+        factors: Sequence[Factor] = [_first(factor, count) for factor in adapter.factors(features, known, weights)]
         if plant is not None:
-            factors = plant(factors, labels)
-        total += _clip_and_sum(factors, mask, max_grad_norm)
+            factors = plant(factors, labels[:count])
+        _clip_and_sum(factors, mask, max_grad_norm, onto=onto)
     return np.asarray(total.cpu().numpy(), np.float64)
+
+
+def _views(spec: AdapterSpec, flat: Tensor) -> list[Tensor]:
+    sizes = [math.prod(shape) for shape in spec.shapes.values()]
+    return [part.view(shape) for part, shape in zip(torch.split(flat, sizes), spec.shapes.values(), strict=True)]
+
+
+def _first(factor: Factor, count: int) -> Factor:
+    if isinstance(factor, Outer):
+        return Outer(factor.left[:count], factor.right[:count], factor.bias)
+    return factor[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class _Adapter:
+    """A task's constants in float64, and its parameters in the precision of the records' factors."""
+
+    task: HeadTask
+    tensors: Mapping[str, Tensor]
+    prior: Tensor
+    log_prior: Tensor | None
+
+    @classmethod
+    def of(cls, task: HeadTask, parameters: Mapping[str, Any], *, device: torch.device) -> _Adapter:
+        tensors = to_tensors(task.spec, parameters, device=device, dtype=torch.float64)
+        log_prior = None if task.log_prior is None else torch.as_tensor(task.log_prior).to(device, torch.float64)
+        return cls(task, tensors, torch.from_numpy(task.prior * task.scale).to(device), log_prior)
+
+    def in_float32(self) -> _Adapter:
+        return replace(self, tensors={name: tensor.float() for name, tensor in self.tensors.items()})
+
+    def factors(self, features: Tensor, labels: Tensor, weights: Tensor) -> Sequence[Factor]:
+        """What the gradients of (n, d) records with these labels are made of, each times its weight."""
+        inputs = centred_inputs(self.task, features.to(next(iter(self.tensors.values())).dtype))
+        backward = _linear if self.task.spec.kind == "linear" else _attention
+        return backward(inputs, labels, weights, self.tensors, self.prior, self.log_prior)
+
+
+def _padded(count: int) -> int:
+    return -(-count // STEP) * STEP
+
+
+@functools.cache
+def _rows_stand_alone(spec: AdapterSpec, rows: int, device: torch.device, threads: int) -> bool:
+    """Whether in float32 a record's factors are the same bits wherever it stands in a block of up to ``rows`` records,
+    whatever stands beside it and however many. A kernel's operations do not depend on the numbers it is given, so one
+    block of public noise, in several orders and sizes, shows it."""
+    generator = torch.Generator().manual_seed(0)
+
+    def noise(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
+
+    d, k = spec.dimension, spec.classes
+    centre = (0.1 / math.sqrt(d) * noise(d)).float().cpu().numpy()
+    task = HeadTask(spec, noise(k, d).float().cpu().numpy(), centre, 10.0)
+    parameters = {name: noise(*shape) / math.sqrt(d) for name, shape in spec.shapes.items()}
+    adapter = _Adapter.of(task, parameters, device=device).in_float32()
+    features, weights = noise(rows, d), noise(rows).abs()
+    labels = torch.arange(rows, device=device) % k
+
+    def run(order: Tensor) -> list[Tensor]:
+        factors = adapter.factors(features[order], labels[order], weights[order])
+        return [part for f in factors for part in ((f.left, f.right) if isinstance(f, Outer) else (f,))]
+
+    usual = torch.arange(rows, device=device)
+    orders = [usual.flip(0), usual.roll(rows // 3 + 1), *(usual[-size:] for size in range(STEP, rows, STEP))]
+    whole = run(usual)
+    return all(torch.equal(a[order], b) for order in orders for a, b in zip(whole, run(order), strict=True))
 
 
 def _output_gradient(logits: Tensor, labels: Tensor, weights: Tensor, log_prior: Tensor | None) -> Tensor:
@@ -108,38 +199,71 @@ def _attention(
 ) -> Sequence[Factor]:
     scaled = inputs * math.sqrt(inputs.shape[-1])
     hidden = torch.addmm(tensors["b1"], scaled, tensors["W1"].T)
-    hidden = hidden - hidden.mean(dim=-1, keepdim=True)
-    spread = (hidden.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPSILON).sqrt()
-    normalised = hidden / spread
-    affine = normalised * tensors["gamma"] + tensors["beta"]
-    active = functional.leaky_relu(affine, LEAKY_SLOPE)
+    hidden -= hidden.mean(dim=-1, keepdim=True)
+    rstd = (hidden.square().mean(dim=-1, keepdim=True) + LAYER_NORM_EPSILON).rsqrt_()
+    normalised = hidden.mul_(rstd)
+    affine = torch.addcmul(tensors["beta"], normalised, tensors["gamma"])
+    active = functional.leaky_relu_(affine, LEAKY_SLOPE)
     gate = torch.softmax(torch.addmm(tensors["b2"], active, tensors["W2"].T), dim=-1)
-    gated = gate * inputs
-    length = gated.norm(dim=-1, keepdim=True).clamp_min(TINY)
-    adapted = gated / length
+    adapted = gate * inputs
+    length = adapted.norm(dim=-1, keepdim=True).clamp_min_(TINY)
+    adapted /= length
 
-    toward = _output_gradient(adapted @ prior.T, labels, weights, log_prior) @ prior
-    to_gated = (toward - adapted * (adapted * toward).sum(-1, keepdim=True)) / length
-    to_gate = to_gated * inputs
-    to_output = gate * (to_gate - (gate * to_gate).sum(-1, keepdim=True))
-    to_affine = to_output @ tensors["W2"]
-    to_affine = torch.where(affine > 0, to_affine, LEAKY_SLOPE * to_affine)
-    to_normalised = to_affine * tensors["gamma"]
-    to_hidden = (
-        to_normalised
-        - to_normalised.mean(dim=-1, keepdim=True)
-        - normalised * (to_normalised * normalised).mean(dim=-1, keepdim=True)
-    ) / spread
+    # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
+    error = _output_gradient(adapted.double() @ prior.T, labels, weights, log_prior)
+    toward = (error @ prior).to(inputs.dtype)
+    to_gate = toward.addcmul_(adapted, (adapted * toward).sum(-1, keepdim=True), value=-1).div_(length).mul_(inputs)
+    to_output = to_gate.sub_((gate * to_gate).sum(-1, keepdim=True)).mul_(gate)
+    to_affine = torch.ops.aten.leaky_relu_backward(to_output @ tensors["W2"], active, LEAKY_SLOPE, True)
+    to_hidden = to_affine * tensors["gamma"]
+    along = (to_hidden * normalised).mean(dim=-1, keepdim=True)
+    to_hidden -= to_hidden.mean(dim=-1, keepdim=True)
+    to_hidden.addcmul_(normalised, along, value=-1).mul_(rstd)
     return [
-        Outer(to_hidden, scaled, bias=True),
-        to_affine * normalised,
-        to_affine,
-        Outer(to_output, active, bias=True),
+        Outer(to_hidden.double(), scaled.double(), bias=True),
+        (to_affine * normalised).double(),
+        to_affine.double(),
+        Outer(to_output.double(), active.double(), bias=True),
     ]
 
 
-def _clip_and_sum(factors: Sequence[Factor], mask: Tensor, max_grad_norm: float) -> Tensor:
-    """Σ_u c_u g_u with c_u = min(1, C(1−1e-5)/‖g_u‖), from factors whose rows are the masked records."""
+def _clip_and_sum(factors: Sequence[Factor], mask: Tensor, max_grad_norm: float, *, onto: Sequence[Tensor]) -> None:
+    """Add Σ_u c_u g_u with c_u = min(1, C(1−1e-5)/‖g_u‖), from factors whose rows are the masked records.
+
+    ``onto`` holds one float64 tensor a parameter.
+    """
+    norms = _record_norms(factors) if mask.shape[1] == 1 else _unit_norms(factors, mask)
+    scale = (max_grad_norm * SAFETY / norms.clamp_min(TINY)).clamp(max=1.0)
+    finite = torch.isfinite(norms)
+    if mask.shape[1] > 1:
+        scale, finite = (of_unit[:, None].expand_as(mask)[mask] for of_unit in (scale, finite))
+    keep = slice(None) if bool(finite.all()) else finite
+    scale = scale[keep]
+    place = iter(onto)
+    for factor in factors:
+        if isinstance(factor, Outer):
+            left = factor.left[keep] * scale[:, None]
+            next(place).addmm_(left.T, factor.right[keep])
+            if factor.bias:
+                next(place).add_(left.sum(0))
+        else:
+            next(place).addmv_(factor[keep].T, scale)
+
+
+def _record_norms(factors: Sequence[Factor]) -> Tensor:
+    """‖l ⊗ r‖² = ‖l‖²‖r‖²: the gradient norms where every unit is one record."""
+    squares: Tensor | float = 0.0
+    for factor in factors:
+        if isinstance(factor, Outer):
+            right = factor.right.square().sum(-1)
+            squares = squares + factor.left.square().sum(-1) * (right + 1 if factor.bias else right)
+        else:
+            squares = squares + factor.square().sum(-1)
+    return torch.as_tensor(squares).sqrt()
+
+
+def _unit_norms(factors: Sequence[Factor], mask: Tensor) -> Tensor:
+    """(U,): the norm of each unit's gradient, the sum over its records."""
     squares = torch.zeros(mask.shape[0], dtype=torch.float64, device=mask.device)
     of_records = torch.zeros(mask.shape, dtype=torch.float64, device=mask.device)
     for factor in factors:
@@ -155,21 +279,7 @@ def _clip_and_sum(factors: Sequence[Factor], mask: Tensor, max_grad_norm: float)
             of_records += padded.square().sum(-1)
     # Records of a unit may cancel, and the aggregator chooses how large they are: what rounding hides counts as length.
     floor = CANCELLED * of_records.clamp_min(0).sqrt().sum(1).square()
-    norms = torch.maximum(squares, floor).sqrt()
-    scale = (max_grad_norm * SAFETY / norms.clamp_min(TINY)).clamp(max=1.0)
-    finite = torch.isfinite(norms)
-    keep = finite[:, None].expand_as(mask)[mask]
-    rows = scale[:, None].expand_as(mask)[mask][keep, None]
-    parts: list[Tensor] = []
-    for factor in factors:
-        if isinstance(factor, Outer):
-            left = factor.left[keep] * rows
-            parts.append((left.T @ factor.right[keep]).flatten())
-            if factor.bias:
-                parts.append(left.sum(0))
-        else:
-            parts.append((factor[keep] * rows).sum(0))
-    return torch.cat(parts)
+    return torch.maximum(squares, floor).sqrt()
 
 
 def _pad(rows: Tensor, mask: Tensor) -> Tensor:

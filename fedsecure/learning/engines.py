@@ -6,7 +6,7 @@ No torch at import: the engine is loaded by the call that needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedsecure.errors import ModelError, PrivacyError
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from fedsecure.learning.opacus_engine import ModuleTask
 
 EngineName = Literal["auto", "opacus", "closed-form"]
+Precision = Literal["float64", "float32"]
 CHUNK = 512
 
 
@@ -49,6 +50,7 @@ def clipped_sum(
     engine: EngineName = "auto",
     device: str = "auto",
     chunk: int = CHUNK,
+    precision: Precision = "float64",
 ) -> Vector:
     """Σ over units of clip_C(∇ mean over the unit's records of the loss), C = ``max_grad_norm``.
 
@@ -64,6 +66,7 @@ def clipped_sum(
         engine: ``"auto"``, ``"opacus"`` or ``"closed-form"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``…
         chunk: records held in activations at a time; it bounds memory and does not change the result.
+        precision: of the attention's activations in the closed form; clip and sum are float64 in any case.
 
     Returns:
         float64 vector, the parameters end to end.
@@ -90,10 +93,43 @@ def clipped_sum(
         from fedsecure.learning import closed_form
 
         assert isinstance(task, HeadTask)
-        return closed_form.clipped_sum(task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows)
+        return closed_form.clipped_sum(
+            task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows, precision=precision
+        )
     from fedsecure.learning import opacus_engine
 
     return opacus_engine.clipped_sum(task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows)
+
+
+def clipped_units(
+    task: HeadTask | ModuleTask,
+    parameters: Mapping[str, Any],
+    units: UnitFeatures,
+    *,
+    max_grad_norm: float,
+    engine: EngineName = "auto",
+    device: str = "auto",
+) -> Iterator[Vector]:
+    """The vectors that :func:`clipped_sum` adds up, one unit after the other.
+
+    For rounding each of them by itself (secagg.md §4.1): a unit's vector is the clipped sum of that unit alone, by
+    whichever engine, so nothing of another unit can be in it.
+
+    Args and errors as for :func:`clipped_sum`.
+
+    Yields:
+        float64, the parameters end to end, of norm at most C.
+    """
+    for row in range(len(units)):
+        yield clipped_sum(
+            task,
+            parameters,
+            units.select(slice(row, row + 1)),
+            max_grad_norm=max_grad_norm,
+            engine=engine,
+            device=device,
+            chunk=1,
+        )
 
 
 def check_fit(task: HeadTask, units: UnitFeatures) -> None:

@@ -85,6 +85,7 @@ def train_locally(
             max_grad_norm=max_grad_norm,
             engine=engine,
             device=device,
+            precision="float32",
         )
         noisy = privatise(gradient, max_grad_norm)
         if noisy.shape != gradient.shape:

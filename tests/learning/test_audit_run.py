@@ -187,7 +187,9 @@ def test_bugs_in_the_real_kernels_are_caught(
 
 def test_an_engine_that_does_not_clip_is_refuted_by_every_layer(monkeypatch: pytest.MonkeyPatch) -> None:
     sound = closed_form._clip_and_sum
-    monkeypatch.setattr(closed_form, "_clip_and_sum", lambda factors, mask, norm: sound(factors, mask, 1e9))
+    monkeypatch.setattr(
+        closed_form, "_clip_and_sum", lambda factors, mask, norm, onto: sound(factors, mask, 1e9, onto=onto)
+    )
     # The door's clamp would hide part of it; local noise has none.
     result = quick(noise="local")
     assert {
