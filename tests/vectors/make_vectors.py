@@ -25,7 +25,7 @@ from fedsecure.identity import keys as identity_keys
 from fedsecure.identity.roster import Roster, RosterEntry
 from fedsecure.messages import Segment
 from fedsecure.secagg import client as client_module
-from fedsecure.secagg import keys, prg, transcript
+from fedsecure.secagg import keys, keysetup, prg, transcript
 from fedsecure.secagg.client import SecAggClient
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.latch import MemoryLatch
@@ -52,8 +52,13 @@ def fixed(*label: object) -> bytes:
     return hashlib.sha256(f"fedsecure test vectors {label}".encode()).digest()
 
 
+def names(n: int) -> tuple[str, ...]:
+    width = max(2, len(str(n)))
+    return tuple(f"site-{i:0{width}d}" for i in range(n))
+
+
 def identity(n: int) -> dict[str, bytes]:
-    return {name: fixed("identity", name) for name in (*(f"site-{i:02d}" for i in range(n)), "aggregator")}
+    return {name: fixed("identity", name) for name in (*names(n), "aggregator")}
 
 
 def make_roster(n: int) -> Roster:
@@ -81,7 +86,7 @@ def make_descriptor(n: int, mode: Mode, *, bits: int = 32) -> RoundDescriptor:
             Segment("counts", 2, 1.0, 0, 2**10),
         ),
         query_hash=fixed("query"),
-        cohort=tuple(f"site-{i:02d}" for i in range(n)),
+        cohort=names(n),
         threshold=limits.threshold,
         min_survivors=limits.min_survivors,
         colluders=limits.colluders,
@@ -114,10 +119,12 @@ class Drawn:
     @contextmanager
     def of(self, site: str) -> Iterator[None]:
         self.site = site
+        generator = SimpleNamespace(generate=self.generate)
         with (
             patch.object(os, "urandom", self.urandom),
             patch.object(secrets, "randbelow", self.randbelow),
-            patch.object(client_module, "X25519PrivateKey", SimpleNamespace(generate=self.generate)),
+            patch.object(client_module, "X25519PrivateKey", generator),
+            patch.object(keysetup, "X25519PrivateKey", generator),
         ):
             yield
 
@@ -125,10 +132,15 @@ class Drawn:
 class Replay:
     """One case on the package's state machines, phase by phase."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(
+        self, name: str, descriptor: RoundDescriptor | None = None, drops: dict[str, list[str]] | None = None
+    ) -> None:
         self.name = name
-        self.n, self.mode, self.drops = CASES[name]
-        self.descriptor = make_descriptor(self.n, self.mode, bits=16 if name.endswith("b16") else 32)
+        if descriptor is None:
+            n, mode, drops = CASES[name]
+            descriptor = make_descriptor(n, mode, bits=16 if name.endswith("b16") else 32)
+        self.descriptor, self.drops = descriptor, drops or {}
+        self.n, self.mode = len(descriptor.cohort), descriptor.mode
         self.roster, self.drawn = make_roster(self.n), Drawn(name)
         self.keys = {k: Ed25519PrivateKey.from_private_bytes(v) for k, v in identity(self.n).items()}
         self.transcript = bytearray()
@@ -199,27 +211,61 @@ class Replay:
         return self
 
 
-def build(name: str) -> tuple[dict[str, Any], bytes]:
-    """The good vector of a case, and its transcript."""
-    replay = Replay(name).run()
-    result = replay.server.finish()
-    d, ctx = replay.descriptor, replay.descriptor.ctx
-    sites: dict[str, Any] = {}
-    t = d.threshold
+def private_values(replay: Replay) -> dict[str, Any]:
+    """What each site drew, and its input."""
+    sites, t = dict[str, Any](), replay.descriptor.threshold
     for site, log in replay.drawn.log.items():
-        i = d.index(site)
-        members = [d.index(s) for s in replay.messages["advertise"] if s != site]
         coefficients = [str(int.from_bytes(c, "big")) for c in log.get("coefficient", [])]
         sites[site] = {
-            "index": i,
+            "index": replay.descriptor.index(site),
             "cipher_private": log["key"][0],
             "mask_private": log["key"][1],
             "seed": log["seed"][0],
             "key_coefficients": coefficients[: t - 1],
             "seed_coefficients": coefficients[t - 1 :],
-            "nonces": {str(j): nonce for j, nonce in zip(members, log.get("nonce", []), strict=False)},
+            "nonces": nonces(replay.messages["shares"].get(site, b"")),
             "input": [int(w) for w in replay.inputs[site]],
         }
+    return sites
+
+
+def nonces(message: bytes) -> dict[str, bytes]:
+    """Recipient → nonce of the sealed shares in an R1 message."""
+    return {str(s.recipient): s.ciphertext[:12] for s in pb.ClientMessage.FromString(message).share_keys.shares}
+
+
+def descriptor_fields(d: RoundDescriptor) -> dict[str, Any]:
+    fields = ("run_id", "roster_hash", "round", "attempt", "model_hash", "base_hash", "config_hash", "query_hash")
+    fields += ("threshold", "min_survivors", "colluders", "ring_bits", "prg_id")
+    segments = [
+        {
+            "name": s.name,
+            "length": s.length,
+            "grid": s.grid.hex(),
+            "bound": s.bound,
+            "clamp": s.clamp,
+            "variance": [str(s.noise_variance.numerator), str(s.noise_variance.denominator)],
+            "rotation_seed": s.rotation_seed or b"",
+        }
+        for s in d.segments
+    ]
+    out = {f: getattr(d, f) for f in fields}
+    out |= {"mode": d.mode.value, "segments": segments, "cohort": list(d.cohort), "graph": 1}
+    out |= {"graph": 2, "neighbours": d.neighbours} if d.neighbours else {}
+    return out | ({"epoch": d.epoch, "slot": d.slot} if d.epoch else {})
+
+
+def as_json(vector: object) -> Any:
+    """With bytes as hexadecimal."""
+    return json.loads(json.dumps(vector, default=lambda raw: bytes(raw).hex()))
+
+
+def build(name: str) -> tuple[dict[str, Any], bytes]:
+    """The good vector of a case, and its transcript."""
+    replay = Replay(name).run()
+    result = replay.server.finish()
+    d, ctx = replay.descriptor, replay.descriptor.ctx
+    sites = private_values(replay)
     ads = {d.index(s): pb.ClientMessage.FromString(m).advertisement for s, m in replay.messages["advertise"].items()}
     kept = {d.index(s): pb.ClientMessage.FromString(m).share_keys for s, m in replay.messages["shares"].items()}
     uploads = {d.index(s): pb.ClientMessage.FromString(m[0]).masked_input for s, m in replay.messages["masked"].items()}
@@ -237,30 +283,10 @@ def build(name: str) -> tuple[dict[str, Any], bytes]:
         if i < j
     }
     own = {str(i): keys.self_mask_key(seeds[i], ctx=ctx, index=i) for i in kept}
-    segments = [
-        {
-            "name": s.name,
-            "length": s.length,
-            "grid": s.grid.hex(),
-            "bound": s.bound,
-            "clamp": s.clamp,
-            "variance": [str(s.noise_variance.numerator), str(s.noise_variance.denominator)],
-            "rotation_seed": s.rotation_seed or b"",
-        }
-        for s in d.segments
-    ]
-    fields = ("run_id", "roster_hash", "round", "attempt", "model_hash", "base_hash", "config_hash", "query_hash")
-    fields += ("threshold", "min_survivors", "colluders", "ring_bits", "prg_id")
     vector = {
         "name": name,
         "drops": replay.drops,
-        "descriptor": {
-            **{f: getattr(d, f) for f in fields},
-            "mode": d.mode.value,
-            "segments": segments,
-            "cohort": list(d.cohort),
-            "graph": 1,
-        },
+        "descriptor": descriptor_fields(d),
         "canonical": d.canonical(),
         "ctx": ctx,
         "roster": replay.roster.canonical(),
@@ -293,7 +319,7 @@ def build(name: str) -> tuple[dict[str, Any], bytes]:
             "survivors_body": transcript.survivors_body(t1, t2, uploads),
         },
     }
-    return json.loads(json.dumps(vector, default=lambda raw: bytes(raw).hex())), bytes(replay.transcript)
+    return as_json(vector), bytes(replay.transcript)
 
 
 def _flip(raw: bytes, at: int = -1) -> bytes:
