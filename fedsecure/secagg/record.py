@@ -1,9 +1,10 @@
-"""The transcript of one attempt: every byte the aggregator took and gave, in its order, sealed by its signature
-(secagg.md §6.8).
+"""The transcript of one attempt, or of one set-up of keys: every byte the aggregator took and gave, in its order,
+sealed by its signature (secagg.md §3.7, §6.8).
 
 A file is a magic string, a version, and records of kind, site number, size and bytes, all integers big-endian; the last
 record is the aggregator's Ed25519 signature over the SHA-256 of everything before. It holds nothing that the aggregator
-did not see, so it can be shown to every site of the round; masked vectors are kept only where asked for.
+did not see, so it can be shown to every site of the round; masked vectors are kept only where asked for. A round on
+keys that were set up before names the transcript of that set-up by its hash.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from fedsecure.errors import IdentityError, ProtocolError
 from fedsecure.identity.keys import KEY_BYTES, SIGNATURE_BYTES
 from fedsecure.identity.roster import MAX_SITES, PURPOSE, Roster, RosterEntry
 from fedsecure.secagg import descriptor as descriptors
-from fedsecure.secagg import transcript
+from fedsecure.secagg import epoch_descriptor, transcript
+from fedsecure.secagg.collection import PublicKeys
 from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.secagg.epoch_descriptor import EpochDescriptor
+from fedsecure.secagg.epoch_server import EpochServer
 from fedsecure.secagg.server import Phase, SecAggResult, SecAggServer
 from fedsecure.secagg.spool import Spool
 
@@ -47,6 +51,8 @@ class Kind(enum.IntEnum):
     PAYLOAD = 5  # its ring words, where they are kept
     BROADCAST = 6  # a ServerMessage to one site, or to every member of the phase
     SEAL = 7  # the aggregator's signature
+    EPOCH = 8  # canonical bytes of an epoch descriptor: a set-up of keys
+    SET_UP = 9  # SHA-256 of the transcript of the set-up that the round's keys come from
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,18 +69,35 @@ class TranscriptRecorder:
 
     Args:
         write: takes bytes in order: a file's ``write``, or ``bytearray().extend``.
-        descriptor: the round.
+        descriptor: the round, or the epoch that keys are set up for.
         roster: the roster it names.
         payloads: keep the masked vectors, 4d bytes a site; without them the sum itself cannot be recomputed.
+        set_up: of a round on prepared keys, the SHA-256 of the transcript of their set-up.
     """
 
-    def __init__(self, write: Write, *, descriptor: RoundDescriptor, roster: Roster, payloads: bool = False) -> None:
+    def __init__(
+        self,
+        write: Write,
+        *,
+        descriptor: RoundDescriptor | EpochDescriptor,
+        roster: Roster,
+        payloads: bool = False,
+        set_up: bytes = b"",
+    ) -> None:
         self._write, self._payloads = write, payloads
         self._hash = hashlib.sha256()
         self._sealed = False
         self._put(MAGIC + struct.pack(">I", VERSION))
-        self._add(Kind.DESCRIPTOR, EVERYONE, descriptor.canonical())
+        kind = Kind.EPOCH if isinstance(descriptor, EpochDescriptor) else Kind.DESCRIPTOR
+        self._add(kind, EVERYONE, descriptor.canonical())
         self._add(Kind.ROSTER, EVERYONE, roster.canonical())
+        if set_up:
+            self._add(Kind.SET_UP, EVERYONE, set_up)
+
+    @property
+    def digest(self) -> bytes:
+        """SHA-256 of the file; after the seal it is what rounds refer to."""
+        return self._hash.digest()
 
     def message(self, index: int, raw: bytes) -> None:
         """A small message that site number ``index`` sent and the aggregator accepted."""
@@ -117,6 +140,7 @@ class RecordingServer(SecAggServer):
     Args:
         write: takes the transcript's bytes in order.
         payloads: keep the masked vectors too.
+        set_up: where ``keys`` are given, the SHA-256 of the transcript of their set-up.
 
     The rest as :class:`SecAggServer`.
     """
@@ -130,9 +154,13 @@ class RecordingServer(SecAggServer):
         spool: Spool,
         write: Write,
         payloads: bool = False,
+        keys: PublicKeys | None = None,
+        set_up: bytes = b"",
     ) -> None:
-        super().__init__(descriptor, roster=roster, signing_key=signing_key, spool=spool)
-        self._recorder = TranscriptRecorder(write, descriptor=descriptor, roster=roster, payloads=payloads)
+        super().__init__(descriptor, roster=roster, signing_key=signing_key, spool=spool, keys=keys)
+        self._recorder = TranscriptRecorder(
+            write, descriptor=descriptor, roster=roster, payloads=payloads, set_up=set_up
+        )
 
     def receive(self, site: str, message: bytes) -> bool:
         new = super().receive(site, message)
@@ -164,11 +192,79 @@ class RecordingServer(SecAggServer):
             self._recorder.seal(self._party.sign)
 
 
+class RecordingEpochServer(EpochServer):
+    """An :class:`EpochServer` that writes the transcript of its set-up, and one of each of its rounds.
+
+    Args:
+        write: takes the bytes of the set-up's transcript in order.
+        rounds: gives for each round what takes the bytes of its transcript.
+        payloads: keep the rounds' masked vectors too.
+
+    The rest as :class:`EpochServer`.
+    """
+
+    def __init__(
+        self,
+        descriptor: EpochDescriptor,
+        *,
+        roster: Roster,
+        signing_key: Ed25519PrivateKey,
+        write: Write,
+        rounds: Callable[[RoundDescriptor], Write],
+        payloads: bool = False,
+    ) -> None:
+        super().__init__(descriptor, roster=roster, signing_key=signing_key)
+        self._rounds, self._payloads = rounds, payloads
+        self._recorder = TranscriptRecorder(write, descriptor=descriptor, roster=roster)
+
+    def receive(self, site: str, message: bytes) -> bool:
+        new = super().receive(site, message)
+        if new:
+            self._recorder.message(self._descriptor.cohort.index(site) + 1, message)
+        return new
+
+    def close(self) -> Mapping[str, bytes]:
+        messages = super().close()
+        self._recorder.broadcast({self._descriptor.cohort.index(site) + 1: raw for site, raw in messages.items()})
+        if self.phase is Phase.DONE:
+            self._recorder.seal(self._party.sign)
+        return messages
+
+    def abort(self) -> None:
+        super().abort()
+        self._recorder.seal(self._party.sign)
+
+    def _serve(self, descriptor: RoundDescriptor, spool: Spool, keys: PublicKeys) -> SecAggServer:
+        return RecordingServer(
+            descriptor,
+            roster=self._roster,
+            signing_key=self._signing_key,
+            spool=spool,
+            write=self._rounds(descriptor),
+            payloads=self._payloads,
+            keys=keys,
+            set_up=self._recorder.digest,
+        )
+
+
+def file_name(descriptor: RoundDescriptor | EpochDescriptor) -> str:
+    """What the transcript of a round or of a set-up is called; a round's verifier looks for the set-up beside it."""
+    if isinstance(descriptor, EpochDescriptor):
+        return set_up_name(descriptor.ctx)
+    return f"round-{descriptor.round:05d}-attempt-{descriptor.attempt}.transcript"
+
+
+def set_up_name(epoch: bytes) -> str:
+    """The same for the set-up with context ``epoch``."""
+    return f"set-up-{epoch[:16].hex()}.transcript"
+
+
 def read_records(path: Path) -> Iterator[tuple[Record, bytes]]:
     """The records of a transcript, each with the SHA-256 of everything before it, one in memory at a time.
 
     Raises:
-        ProtocolError: FS-1380 unreadable, truncated, oversize or no transcript; FS-1381 another version.
+        ProtocolError: FS-1380 unreadable, truncated, oversize or no transcript; FS-1381 another version; FS-1314 a
+            set-up whose descriptor is malformed.
     """
     try:
         with path.open("rb") as file:
@@ -186,6 +282,7 @@ def _read(file: BinaryIO, size: int) -> Iterator[tuple[Record, bytes]]:
     if version != VERSION:
         raise unsupported(f"a transcript of version {version}")
     sha, position, last = hashlib.sha256(head), len(head), None
+    message_bytes = transcript.size_limit(MAX_SITES)
     while position < size:
         raw = file.read(_HEAD.size)
         if len(raw) != _HEAD.size:
@@ -193,7 +290,7 @@ def _read(file: BinaryIO, size: int) -> Iterator[tuple[Record, bytes]]:
         number, site, length = _HEAD.unpack(raw)
         position += _HEAD.size + length
         # The size is checked against kind and file before a single byte is read.
-        if number not in _KINDS or length > _limit(Kind(number)) or position > size or last is Kind.SEAL:
+        if number not in _KINDS or length > _limit(Kind(number), message_bytes) or position > size or last is Kind.SEAL:
             raise unreadable(f"a record of kind {number} and {length} bytes where none can be")
         before = sha.digest()
         data = file.read(length)
@@ -202,20 +299,25 @@ def _read(file: BinaryIO, size: int) -> Iterator[tuple[Record, bytes]]:
         sha.update(raw)
         sha.update(data)
         last = Kind(number)
+        if last is Kind.EPOCH:
+            epoch = EpochDescriptor.parse(data)
+            message_bytes = max(message_bytes, transcript.size_limit(len(epoch.cohort), epoch.slots))
         yield Record(last, site, data), before
 
 
 _KINDS = frozenset(Kind)
 
 
-def _limit(kind: Kind) -> int:
-    if kind is Kind.PAYLOAD:
-        return 1 << 36
-    if kind is Kind.DESCRIPTOR:
-        return descriptors.MAX_BYTES
-    if kind is Kind.ROSTER:
-        return MAX_ROSTER_BYTES
-    return SIGNATURE_BYTES if kind is Kind.SEAL else transcript.size_limit(MAX_SITES)
+def _limit(kind: Kind, message_bytes: int) -> int:
+    others = {
+        Kind.DESCRIPTOR: descriptors.MAX_BYTES,
+        Kind.EPOCH: epoch_descriptor.MAX_BYTES,
+        Kind.ROSTER: MAX_ROSTER_BYTES,
+        Kind.PAYLOAD: 1 << 36,
+        Kind.SET_UP: transcript.HASH_BYTES,
+        Kind.SEAL: SIGNATURE_BYTES,
+    }
+    return others.get(kind, message_bytes)
 
 
 def parse_roster(raw: bytes) -> Roster:
@@ -273,6 +375,6 @@ def unsupported(found: str) -> ProtocolError:
     return ProtocolError(
         "FS-1381",
         found,
-        expected=f"version {VERSION}, complete graph, keys made in the round itself",
+        expected=f"version {VERSION}",
         cure="use the release of fedsecure that recorded it",
     )

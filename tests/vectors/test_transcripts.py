@@ -104,12 +104,14 @@ def test_an_aborted_round_is_sealed_and_sound(tmp_path: Path) -> None:
     assert "aborted without a sum" in verdict.lines()[2]
 
 
-def test_a_round_with_prepared_keys_is_not_verified_by_halves(tmp_path: Path) -> None:
+@pytest.mark.parametrize("set_up", [b"", bytes(32)], ids=["not named", "not there"])
+def test_a_round_with_prepared_keys_is_not_verified_by_halves(set_up: bytes, tmp_path: Path) -> None:
     replay, out = Replay("n3"), bytearray()
     prepared = replace(replay.descriptor, epoch=bytes(32), slot=1)
-    TranscriptRecorder(out.extend, descriptor=prepared, roster=replay.roster).seal(replay.server._party.sign)
+    recorder = TranscriptRecorder(out.extend, descriptor=prepared, roster=replay.roster, set_up=set_up)
+    recorder.seal(replay.server._party.sign)
     (tmp_path / "t").write_bytes(out)
-    with pytest.raises(ProtocolError, match="FS-1381"):
+    with pytest.raises(ProtocolError, match="FS-1380"):
         verify_transcript(tmp_path / "t")
 
 
@@ -333,8 +335,10 @@ def test_a_holder_that_gives_away_a_wrong_share(tmp_path: Path) -> None:
     verdict = recorded(replay, tmp_path)
     assert found(verdict) == [("FS-1384", ("site-04", "site-01"))]
     assert verdict.sum_checked
-    assert with_keys(replay, tmp_path, "site-01") == [("FS-1384", ("site-04",))]
-    assert with_keys(replay, tmp_path, "site-04") == [("FS-1384", ("site-04",))]
+    # The dealer is cleared. The aggregator, which may have passed on another message of a dealer it is in league with,
+    # is not: what a site received is signed by nobody.
+    assert with_keys(replay, tmp_path, "site-01") == [("FS-1384", ("site-04", "aggregator"))]
+    assert with_keys(replay, tmp_path, "site-04") == [("FS-1384", ("site-04", "aggregator"))]
 
 
 def dishonest_dealer(monkeypatch: pytest.MonkeyPatch, replay: Replay, dealer: str, bad: int) -> None:
@@ -349,12 +353,12 @@ def dishonest_dealer(monkeypatch: pytest.MonkeyPatch, replay: Replay, dealer: st
 
 
 def test_a_dealer_that_frames_a_holder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Live, only the holder can be named; the transcript names both, and opened shares the dealer alone."""
+    """Live and in the transcript both are named, and by opened shares the dealer alone."""
     replay = Replay("n5-drop-shares")
     replay.drops = {}
     dishonest_dealer(monkeypatch, replay, "site-01", bad=5)
     replay.run()
-    replay.server.finish()
+    assert replay.server.finish().bad_shares == (("site-04", "site-01"),)
     assert found(recorded(replay, tmp_path)) == [("FS-1384", ("site-04", "site-01"))]
     assert with_keys(replay, tmp_path) == [("FS-1384", ("site-01",))]
 
@@ -376,7 +380,8 @@ def test_a_dealer_whose_shares_do_not_fit_its_commitment(tmp_path: Path, monkeyp
     with pytest.raises(RoundAborted, match="FS-1355"):
         replay.server.finish()
     verdict = recorded(replay, tmp_path)
-    assert verdict.ok  # aborted: nothing was published, so nothing is claimed
+    assert not verdict.finished
+    assert found(verdict) == [("FS-1387", ("site-02",))]  # it is named although nothing was published
     # Had the aggregator published a sum all the same, the dealer would be named, and the aggregator too.
     result = pb.RoundResult(context=replay.descriptor.ctx, survivors=[1, 2, 3, 4, 5], sum_hash=bytes(32))
     result.signature = replay.server._party.sign("result", transcript.result_body(result.survivors, bytes(32)))
@@ -409,10 +414,10 @@ def test_a_sealed_share_that_does_not_open(liar: str, tmp_path: Path, monkeypatc
         replay.produce(phase)
         replay.deliver(phase)
     assert replay.server.finish().unopened == {"site-03": ("site-01",)}
-    assert found(recorded(replay, tmp_path)) == [("FS-1385", ("site-03", "site-01"))]
-    author = "site-01" if liar == "sender" else "site-03"
-    assert with_keys(replay, tmp_path, "site-01") == [("FS-1385", (author,))]
-    assert with_keys(replay, tmp_path, "site-03") == [("FS-1385", (author,))]
+    assert found(recorded(replay, tmp_path)) == [("FS-1385", ("site-03", "site-01", "aggregator"))]
+    authors = ("site-01",) if liar == "sender" else ("site-03", "aggregator")
+    assert with_keys(replay, tmp_path, "site-01") == [("FS-1385", authors)]
+    assert with_keys(replay, tmp_path, "site-03") == [("FS-1385", authors)]
 
 
 def test_opened_keys_must_be_those_of_the_attempt() -> None:
