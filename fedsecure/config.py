@@ -289,7 +289,7 @@ class PolicyConfig(_Section):
     min_cohort: Annotated[int, Field(ge=3)] = 3
     min_colluders: Annotated[int, Field(ge=1)] = 1
     min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.1
-    methods: tuple[str, ...] = ("linear", "facmic", "evaluate")
+    methods: tuple[str, ...] = ("linear", "facmic", "prototypes", "ridge", "evaluate")
     noise: tuple[Literal["distributed", "local"], ...] = ("distributed", "local")
     unit: Literal["patient", "record"] = "patient"
 
