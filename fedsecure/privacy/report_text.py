@@ -65,8 +65,8 @@ def power(value: float) -> str:
     return f"10{raised}" if digits == "1" else f"{digits}·10{raised}"
 
 
-def assumptions(*, unit: str, cap: int, noise: str, sampling_rate: float) -> list[str]:
-    """What has to be true for the figures to hold."""
+def assumptions(*, unit: str, cap: int, noise: str, sampling_rate: float, sites: int) -> list[str]:
+    """What has to be true for the figures to hold; ``sites``: at how many of them a unit may be."""
     sampled = (
         "every unit takes part in every step (full batch)"
         if sampling_rate == 1
@@ -76,7 +76,8 @@ def assumptions(*, unit: str, cap: int, noise: str, sampling_rate: float) -> lis
         f"at most {cap} images of a patient are used and all carry the same patient id"
         if unit == "patient"
         else "every image is a unit of its own: images of one patient are not protected together",
-        "no unit is held by more than one site; otherwise its ε of the sites add up",
+        f"no unit is held by more than {sites} site{'s' * (sites > 1)}: sites cannot compare their patients without "
+        "revealing them, so this is declared and nobody has checked it",
         "the declared maximum number of units is public; leaving a unit out is compared with replacing it by nothing",
         sampled,
         "the adversary sees all sums, all intermediate models and who took part, and knows all data but one unit",
@@ -99,8 +100,10 @@ def statement(
     evaluation: float | None,
     attack: Mapping[str, Any] | None,
     seeded: bool,
+    sites: int = 1,
 ) -> str:
-    """The report in words for a reader who knows no mathematics; ``attack`` has ``fpr`` and ``tpr``."""
+    """The report in words for a reader who knows no mathematics; ``attack`` has ``fpr`` and ``tpr``, ``sites`` says at
+    how many sites a unit may be."""
     if seeded:
         return (
             f"{SEEDED}. The noise of this run came from a seed and can be subtracted by whoever knows it. "
@@ -119,6 +122,8 @@ def statement(
                 f"An attacker who wrongly accuses {attack['fpr']:.0%} of the {many} that were not used recognises at "
                 f"most {attack['tpr']:.1%} of those that were."
             )
+    if sites > 1 and parts:
+        parts.append(f"This holds for a {one} whose records are at up to {sites} sites.")
     if evaluation is not None:
         parts.append(f"For the units of the evaluation set the same holds with ε = {evaluation:.2f}.")
     if not parts:
