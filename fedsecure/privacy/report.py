@@ -9,9 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import platform
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from fedsecure.config import RunSettings
@@ -21,13 +19,20 @@ from fedsecure.privacy import accounting
 from fedsecure.privacy.ledger import Entry, Ledger
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.privacy.policy import collusion
-from fedsecure.privacy.report_text import ADVERSARIES, NOT_PROTECTED, SEEDED, assumptions, statement
+from fedsecure.privacy.report_figures import by_purpose, compact, finite, price, several_sites, shares
+from fedsecure.privacy.report_text import NOT_PROTECTED, SEEDED, assumptions, statement
 
 SCHEMA = "fedsecure/privacy-report"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+# Version 1 knew no shares by purpose, no units at several sites and no audit.
+READABLE = (1, 2)
 
-_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9)
-_FALSE_POSITIVES = tuple(10 ** (k / 8) for k in range(-32, 0))
+_ACCOUNTANTS = {
+    "gdp": "Gaussian DP, exact for the continuous Gaussian; noise on the integer grid is worth at least "
+    f"1 − {accounting.LATTICE_SLACK:.1e} of it",
+    "pld": "privacy-loss distributions, pessimistic, grid 1e-3",
+    "rdp": "Rényi divergence of the sum of the sites' discrete noise, with Poisson amplification",
+}
 # Each further ε of a Poisson run costs a convolution.
 _MOST_STEPS = 12
 
@@ -45,6 +50,7 @@ def site_report(
     plan: PrivacyPlan,
     outcome: Mapping[str, Any] | None,
     seeded: bool,
+    audit: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """One site's report of one run, as JSON-ready values.
 
@@ -57,6 +63,7 @@ def site_report(
         plan: the run's plan, for the mechanism's numbers.
         outcome: the aggregator's summary (attempts, evaluations), or ``None`` while the run goes on.
         seeded: whether any noise came from a seed.
+        audit: what ``fedsecure audit --json`` printed, or ``None`` where none was run.
 
     Returns:
         An object valid under ``report.schema.json``, ``kind`` "site". A figure that is not finite is ``None``.
@@ -94,8 +101,11 @@ def site_report(
             cap=privacy.max_records_per_unit,
             noise=privacy.noise,
             sampling_rate=privacy.sampling_rate,
+            sites=privacy.max_sites_per_patient,
         ),
         "not_protected": list(NOT_PROTECTED),
+        "max_sites_per_patient": privacy.max_sites_per_patient,
+        "audit": dict(audit) if audit is not None else None,
         "ledger": {"rows": number, "head": digest},
         "outcome": dict(outcome) if outcome is not None else None,
     }  # fmt: skip
@@ -121,8 +131,15 @@ def headline(
     }  # fmt: skip
 
 
-def network_report(sites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The reports of a run's sites as one; units are assumed to be at one site each, so ε is the largest.
+def network_report(sites: Sequence[Mapping[str, Any]], *, audit: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The reports of a run's sites as one.
+
+    Its ε is that of a unit at the declared number of sites: the largest of all where units are at one site each
+    (parallel composition), and priced by :func:`several_sites` otherwise.
+
+    Args:
+        sites: reports of single sites.
+        audit: what ``fedsecure audit --json`` printed, or ``None`` where none was run.
 
     Returns:
         An object valid under ``report.schema.json``, ``kind`` "network".
@@ -141,23 +158,38 @@ def network_report(sites: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     ended = max(sites, key=lambda report: len(report["rounds"]))
     evaluated = [r["epsilon_evaluation"] for r in sites if r["epsilon_evaluation"] is not None]
     seeded = any(report["seeded"] for report in sites)
+    declared = max(report.get("max_sites_per_patient", 1) for report in sites)
+    several = several_sites(sites, first["delta"], declared=declared)
+    epsilon, mu, evaluation, attack = worst["epsilon"], worst["mu"], max(evaluated, default=None), None
+    if declared == 1:
+        attack = _attack_at(worst, 0.01)
+    else:
+        for row in several["figures"]:
+            if row["sites"] <= declared and row["population"] == "train":
+                epsilon, mu = row["epsilon"], row["mu"]
+                attack = None if mu is None else {"fpr": 0.01, "tpr": accounting.attack_power(mu, 0.01)}
+            elif row["sites"] <= declared:
+                evaluation = row["epsilon"]
     return {
-        **{key: first[key] for key in ("schema", "schema_version", "federation", "run", "versions")},
+        **{key: first[key] for key in ("schema", "federation", "run", "versions")},
+        "schema_version": SCHEMA_VERSION,
         "kind": "network",
         "seeded": seeded,
         "stamp": SEEDED if seeded else None,
         "statement": statement(
             role="train", site="a hospital of the network", unit=first["unit"], delta=first["delta"],
-            epsilon=worst["epsilon"], evaluation=max(evaluated, default=None), seeded=seeded,
-            attack=_attack_at(worst, 0.01),
+            epsilon=epsilon, evaluation=evaluation, seeded=seeded, attack=attack, sites=declared,
         ),
-        "epsilon": worst["epsilon"],
-        "epsilon_evaluation": max(evaluated, default=None),
-        "mu": worst["mu"],
+        "epsilon": epsilon,
+        "epsilon_evaluation": evaluation,
+        "mu": mu,
         **{
             key: first[key]
             for key in ("delta", "unit", "max_records_per_unit", "mechanism", "secagg", "assumptions", "not_protected")
         },
+        "max_sites_per_patient": declared,
+        "several_sites": several,
+        "audit": dict(audit) if audit is not None else None,
         "rounds": ended["rounds"],
         "accuracy": ended["accuracy"],
         "sites": sorted((dict(report) for report in sites), key=lambda report: str(report["site"])),
@@ -202,51 +234,10 @@ def _budget(
         "dataset": dataset,
         "this_run": price(run_events, delta, colluders=colluders, survivors=survivors),
         "all_runs": price(whole, delta, colluders=colluders, survivors=survivors),
-        "all_runs_events": _compact(whole),
+        "all_runs_events": compact(whole),
         "runs": len({entry.run for entry in history if entry.final != "VOID"}),
+        "shares": by_purpose([entry.events for entry in mine if entry.final != "VOID"]),
         "releases": _releases(mine, delta),
-    }
-
-
-def _compact(events: Iterable[Event]) -> list[dict[str, Any]]:
-    """All that ε depends on: equal events once, with their steps together."""
-    steps: Counter[tuple[float, float, float]] = Counter()
-    for event in events:
-        steps[event.noise_multiplier, event.local_noise_multiplier, event.sampling_rate] += event.steps
-    names = ("noise_multiplier", "local_noise_multiplier", "sampling_rate")
-    return [{**dict(zip(names, key, strict=True)), "steps": count} for key, count in sorted(steps.items())]
-
-
-def price(events: Sequence[Event], delta: float, *, colluders: int, survivors: int) -> dict[str, Any]:
-    """ε, μ, curve and attack power of some events, and ε against each adversary."""
-    outside = [
-        # Who runs no site faces the noise of all survivors, not only of those that do not collude.
-        replace(
-            event, noise_multiplier=max(event.noise_multiplier, event.local_noise_multiplier * math.sqrt(survivors))
-        )
-        if event.local_noise_multiplier < event.noise_multiplier
-        else event
-        for event in events
-    ]
-    views: list[tuple[str, Sequence[Event], accounting.Adversary]] = [
-        ("outsider", outside, "colluding"),
-        ("colluding", events, "colluding"),
-        ("beyond", events, "beyond"),
-    ]
-    return {
-        "epsilon": _finite(accounting.epsilon(events, delta=delta)),
-        "mu": accounting.mu(events),
-        "adversaries": [
-            {
-                "name": name,
-                "who": ADVERSARIES[name].format(c=colluders),
-                "epsilon": _finite(accounting.epsilon(seen, delta=delta, adversary=view)),
-                "mu": accounting.mu(seen, adversary=view),
-            }
-            for name, seen, view in views
-        ],
-        "curve": [{"delta": d, "epsilon": _finite(accounting.epsilon(events, delta=d))} for d in _DELTAS],
-        "attack": [{"fpr": fpr, "tpr": accounting.attack_bound(events, fpr)} for fpr in _FALSE_POSITIVES],
     }
 
 
@@ -279,17 +270,10 @@ def _releases(entries: Sequence[Entry], delta: float) -> list[dict[str, Any]]:
                     for event in entry.events
                 ],
                 "share": share,
-                "epsilon_after": _finite(accounting.epsilon(spent, delta=delta)) if known else None,
+                "epsilon_after": finite(accounting.epsilon(spent, delta=delta)) if known else None,
             }
         )
     return rows
-
-
-def shares(charges: Sequence[Iterable[Event]]) -> list[float]:
-    """Each charge's part of the whole to first order, Σ steps·q²/z²: exact parts of μ² for full batch."""
-    weights = [math.fsum(e.steps * e.sampling_rate**2 / e.noise_multiplier**2 for e in events) for events in charges]
-    whole = math.fsum(weights) or 1.0
-    return [weight / whole for weight in weights]
 
 
 def _events(entries: Iterable[Entry]) -> list[Event]:
@@ -315,7 +299,7 @@ def _mechanism(settings: RunSettings, plan: PrivacyPlan, *, seeded: bool) -> dic
         "target_epsilon": privacy.target_epsilon,
         "signal_to_noise": plan.signal_to_noise,
         "relation": "zero-out (REPLACE_SPECIAL); the number of units is public",
-        "accountant": "Gaussian DP, exact" if full else "privacy-loss distributions, pessimistic, grid 1e-3",
+        "accountant": _ACCOUNTANTS[accounting.accountant(plan.round_events)],
         "generator": f"a seed: {SEEDED}" if seeded else "AES-256-CTR keyed by the operating system",
         "declared_units": dict(plan.units),
     }
@@ -371,10 +355,6 @@ def _attack_at(report: Mapping[str, Any], fpr: float) -> Mapping[str, Any] | Non
         return None
     found: Mapping[str, Any] = min(budget["this_run"]["attack"], key=lambda a: abs(a["fpr"] - fpr))
     return found
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
 
 
 def _version(name: str) -> str | None:

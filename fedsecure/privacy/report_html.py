@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedsecure.errors import EnvironmentProblem
 from fedsecure.files import write_whole
+from fedsecure.privacy.report import SCHEMA_VERSION
+from fedsecure.privacy.report_figures import by_purpose, events_of, several_sites
 from fedsecure.privacy.report_text import exposure, power
 from fedsecure.privacy.report_verify import check_format, no_report
 
@@ -70,6 +72,7 @@ def render_html(report: Mapping[str, Any]) -> str:
             "FS-1815", f"the page needs {error.name}, which is not installed", expected="jinja2 and matplotlib",
             cure="pip install 'fedsecure[report]'; the JSON report needs neither",
         ) from error  # fmt: skip
+    report = current(report)
     sites: Sequence[Mapping[str, Any]] = report["sites"] if report["kind"] == "network" else [report]
     trained = [site for site in sites if site["budgets"].get("train", {}).get("releases")]
     worst = max(
@@ -99,7 +102,42 @@ def render_html(report: Mapping[str, Any]) -> str:
         plots=plots,
         mechanism=_mechanism_rows(report["mechanism"]),
         exposure=exposure(report),
+        audits=_audits(report, sites),
+        definition=_definition(sites),
     )
+
+
+def current(report: Mapping[str, Any]) -> dict[str, Any]:
+    """A report of an earlier format with what it lacks, for display; the copy carries no valid signature."""
+    found: dict[str, Any] = json.loads(json.dumps(report))
+    if found["schema_version"] == SCHEMA_VERSION and found["kind"] == "site":
+        return found
+    sites: list[dict[str, Any]] = found["sites"] if found["kind"] == "network" else [found]
+    for part in (found, *sites):
+        part.setdefault("max_sites_per_patient", 1)
+        part.setdefault("audit", None)
+    for site in sites:
+        for population, budget in site["budgets"].items():
+            paid = [row["events"] for row in budget["releases"] if row["state"] != "VOID"]
+            budget.setdefault("shares", by_purpose([events_of(rows, population) for rows in paid]))
+    if found["kind"] == "network" and "several_sites" not in found:
+        found["several_sites"] = several_sites(sites, found["delta"], declared=1)
+    return found
+
+
+def _audits(
+    report: Mapping[str, Any], sites: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, Mapping[str, Any] | None]]:
+    """Whose audit it is, and the audit; one line "not run" where nobody has any."""
+    found = [(f"site {site['site']}", site["audit"]) for site in sites if site["audit"]]
+    if report["kind"] == "network" and report["audit"]:
+        found.insert(0, ("the federation", report["audit"]))
+    return found or [("empirical audit", None)]
+
+
+def _definition(sites: Sequence[Mapping[str, Any]]) -> str:
+    found = {budget["shares"]["definition"] for site in sites for budget in site["budgets"].values()}
+    return "; ".join(sorted(found))
 
 
 def _number(value: Any, digits: int) -> str:

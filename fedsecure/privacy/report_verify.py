@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from fedsecure.errors import FedsecureError, PrivacyError
-from fedsecure.messages import Event, Population
+from fedsecure.messages import Event
 from fedsecure.privacy import accounting
-from fedsecure.privacy.report import SCHEMA, SCHEMA_VERSION, headline, network_report, price, shares
+from fedsecure.privacy.report import READABLE, SCHEMA, SCHEMA_VERSION, headline, network_report
+from fedsecure.privacy.report_figures import by_purpose, events_of, price, shares
 from fedsecure.privacy.report_text import SEEDED
 
 PURPOSE = "fedsecure/privacy-report/v1"
@@ -26,6 +27,11 @@ Verifier = Callable[[str, bytes, bytes], bool]
 # Accountants of two machines agree to rounding; figures that were edited do not.
 _RELATIVE, _ABSOLUTE = 1e-6, 1e-12
 _SUMMARY = ("statement", "epsilon", "epsilon_evaluation", "mu", "delta", "unit", "seeded", "stamp", "federation", "run")
+_SUMMARY_2 = ("max_sites_per_patient", "several_sites")
+_AUDIT: dict[str, type] = {
+    "date": str, "passed": bool, "epsilon": float, "delta": float, "facts": dict, "checks": list, "bounds": list,
+    "membership": list,
+}  # fmt: skip
 _MOST_FINDINGS = 50
 _KINDS = ("site", "network")
 
@@ -56,18 +62,22 @@ class Verdict:
 
 
 def check_format(report: Any, where: object) -> None:
-    """Whether some JSON is a report of this release's format.
+    """Whether some JSON is a report in a format this release reads.
 
     Raises:
         PrivacyError: FS-1232 it is no report, FS-1233 it is of another format.
     """
     if not isinstance(report, Mapping) or report.get("schema") != SCHEMA or report.get("kind") not in _KINDS:
         raise no_report(where, "another kind of JSON")
-    if report.get("schema_version") != SCHEMA_VERSION:
-        raise PrivacyError(
-            "FS-1233", f"{where} has report format {report.get('schema_version')}", expected=f"{SCHEMA_VERSION}",
-            cure="install the fedsecure release that wrote it, or a newer one",
-        )  # fmt: skip
+    if report.get("schema_version") not in READABLE:
+        raise _other_format(where, report.get("schema_version"), " or ".join(map(str, READABLE)))
+
+
+def _other_format(where: object, found: object, expected: str) -> PrivacyError:
+    return PrivacyError(
+        "FS-1233", f"{where} has report format {found}", expected=expected,
+        cure="use the fedsecure release that wrote it, or a newer one",
+    )  # fmt: skip
 
 
 def no_report(where: object, why: str) -> PrivacyError:
@@ -104,6 +114,27 @@ def sign_report(report: Mapping[str, Any], sign: Callable[[bytes], bytes], *, si
     return plain | {"signature": signature}
 
 
+def attach_audit(report: Mapping[str, Any], audit: Any) -> dict[str, Any]:
+    """The report with an audit in place of what it had, and without a signature, which covered something else.
+
+    Args:
+        report: of a site, or of a network.
+        audit: what ``fedsecure audit --json`` printed.
+
+    Raises:
+        PrivacyError: FS-1269 it is no audit; FS-1233 the report is of a format that has no room for one.
+    """
+    if not isinstance(audit, Mapping) or {name: type(audit.get(name)) for name in _AUDIT} != _AUDIT:
+        raise PrivacyError(
+            "FS-1269", "what was to be attached is no audit", expected="what `fedsecure audit --json` printed, whole",
+            cure="run `fedsecure audit --json > audit.json` and attach that file",
+        )  # fmt: skip
+    if report["schema_version"] != SCHEMA_VERSION:
+        raise _other_format("the report", report["schema_version"], str(SCHEMA_VERSION))
+    bare = {key: value for key, value in report.items() if key != "signature"}
+    return bare | {"audit": {name: audit[name] for name in _AUDIT}}
+
+
 def verify_report(report: Mapping[str, Any], *, verify: Verifier | None = None) -> Verdict:
     """Compute every figure of a report again from its events, and check the signatures of its sites.
 
@@ -128,7 +159,7 @@ def verify_report(report: Mapping[str, Any], *, verify: Verifier | None = None) 
         check.same(len(set(names)), len(names), "number of different sites")
         if report["kind"] == "network":
             expected = network_report(sites)
-            for key in _SUMMARY:
+            for key in _SUMMARY if report["schema_version"] == 1 else (*_SUMMARY, *_SUMMARY_2):
                 check.same(report[key], expected[key], key)
     except (KeyError, TypeError, ValueError, AttributeError, IndexError, ArithmeticError, AssertionError) as error:
         check.findings.append(f"it cannot be computed again ({type(error).__name__}: {error})")
@@ -173,14 +204,16 @@ def _check_site(site: Mapping[str, Any], check: _Check) -> None:
     for population, budget in site["budgets"].items():
         where = f"{name}, {population} units"
         rows = budget["releases"]
-        charges = [_events(row["events"], population) if row["state"] != "VOID" else [] for row in rows]
+        charges = [events_of(row["events"], population) if row["state"] != "VOID" else [] for row in rows]
         mine = [event for events in charges for event in events]
-        whole = _events(budget["all_runs_events"], population)
+        whole = events_of(budget["all_runs_events"], population)
         check.same(budget["this_run"], price(mine, delta, **parties), f"{where}: this_run")
         check.same(budget["all_runs"], price(whole, delta, **parties), f"{where}: all_runs")
         least, most = accounting.epsilon(mine, delta=delta), accounting.epsilon(whole, delta=delta)
         check.same(most >= least * (1 - _RELATIVE), True, f"{where}: that all runs cost no less than this one")
         check.same([row["share"] for row in rows], shares(charges), f"{where}: share")
+        if site["schema_version"] > 1:
+            check.same(budget["shares"], by_purpose(charges), f"{where}: shares")
         spent: list[Event] = []
         for row, events in zip(rows, charges, strict=True):
             spent += events
@@ -193,20 +226,6 @@ def _check_site(site: Mapping[str, Any], check: _Check) -> None:
     for key, value in expected.items():
         check.same(site[key], value, f"{name}: {key}")
     check.same(site["stamp"], SEEDED if site["seeded"] else None, f"{name}: stamp")
-
-
-def _events(rows: Iterable[Mapping[str, Any]], population: Population) -> list[Event]:
-    return [
-        Event(
-            population,
-            str(row.get("purpose", "")),
-            float(row["noise_multiplier"]),
-            float(row["local_noise_multiplier"]),
-            float(row["sampling_rate"]),
-            int(row["steps"]),
-        )
-        for row in rows
-    ]
 
 
 def _signature(report: Mapping[str, Any], verify: Verifier | None) -> Signature:

@@ -29,7 +29,7 @@ TABLES: dict[str, set[str]] = {
     "accuracy": set(DEFS["accuracy"]["properties"]),
 }
 # Definitions that have no table of their own: their fields stand in the row that holds them.
-INSIDE = {"stage": "accuracy"}
+INSIDE = {"stage": "accuracy", "audit": "audit"}
 
 
 def rows(heading: str) -> dict[str, str]:

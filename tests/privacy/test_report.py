@@ -7,6 +7,7 @@ import itertools
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from importlib import resources
 from pathlib import Path
@@ -24,6 +25,7 @@ from fedsecure.privacy.ledger import Ledger
 from fedsecure.privacy.plan import Privacy, PrivacyPlan
 from fedsecure.privacy.report import network_report, site_report
 from fedsecure.privacy.report_html import load_report, render_html, write_html
+from fedsecure.privacy.report_verify import attach_audit
 
 RUN = "0123456789abcdef" * 2
 DIGEST = hashlib.sha256(b"q").digest()
@@ -98,8 +100,8 @@ def trainer(folder: Path, site: str = "north", *, seeded: bool = False, **privac
         )  # fmt: skip
 
 
-def evaluator(folder: Path, *, dataset: str | None = "rest scans") -> dict[str, Any]:
-    settings = run_settings()
+def evaluator(folder: Path, *, dataset: str | None = "rest scans", **privacy: Any) -> dict[str, Any]:
+    settings = run_settings(**privacy)
     event = Event("evaluation", "evaluation counts", 4.0, 4.0)
     with spend(folder, "rest", (event,), rounds=2) as ledger:
         return site_report(
@@ -109,7 +111,19 @@ def evaluator(folder: Path, *, dataset: str | None = "rest scans") -> dict[str, 
 
 
 def network(folder: Path, **changes: Any) -> dict[str, Any]:
-    return network_report([evaluator(folder), *(trainer(folder, site, **changes) for site in SITES)])
+    return network_report([evaluator(folder, **changes), *(trainer(folder, site, **changes) for site in SITES)])
+
+
+def first_format(report: dict[str, Any]) -> dict[str, Any]:
+    """The same report as format 1 had it."""
+    older: dict[str, Any] = json.loads(json.dumps(report))
+    for part in (older, *older.get("sites", [])):
+        part["schema_version"] = 1
+        for name in ("max_sites_per_patient", "audit", "several_sites", "signature"):
+            part.pop(name, None)
+        for budget in part.get("budgets", {}).values():
+            del budget["shares"]
+    return older
 
 
 def validate(report: dict[str, Any]) -> None:
@@ -321,7 +335,7 @@ def test_reading_a_report_back(tmp_path: Path) -> None:
     file = tmp_path / "report.json"
     file.write_text(json.dumps(report))
     assert load_report(file) == json.loads(json.dumps(report))
-    file.write_text(json.dumps(report | {"schema_version": 2}))
+    file.write_text(json.dumps(report | {"schema_version": 3}))
     with pytest.raises(PrivacyError, match="FS-1233"):
         load_report(file)
     for text in ("{", "[]", '{"schema": "other"}'):
@@ -341,8 +355,81 @@ def test_a_missing_extra_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         render_html(trainer(tmp_path))
 
 
-def test_the_published_schema_is_the_package_s() -> None:
-    published = Path(__file__).parents[2] / "docs" / "report-schema.json"
-    assert (
-        published.resolve() == Path(str(resources.files("fedsecure.privacy").joinpath("report.schema.json"))).resolve()
-    )
+def test_shares_by_purpose_add_up_to_the_whole(tmp_path: Path) -> None:
+    settings, plan = run_settings(), run_plan(run_settings())
+    (event,) = plan.round_events
+    extra = [replace(event, purpose="prototypes", noise_multiplier=2 * event.noise_multiplier)]
+    with spend(tmp_path, "north", (event, *extra)) as ledger:
+        report = site_report(
+            site="north", role="train", run=RUN, settings=settings, ledger=ledger, train_dataset="north scans",
+            evaluation_dataset=None, delta=1e-5, plan=plan, outcome=None, seeded=False,
+        )  # fmt: skip
+    validate(report)
+    shares = report["budgets"]["train"]["shares"]
+    assert [(row["purpose"], row["releases"]) for row in shares["purposes"]] == [("training", 6), ("prototypes", 6)]
+    assert [row["share"] for row in shares["purposes"]] == pytest.approx([0.8, 0.2])
+    assert shares["definition"].startswith("part of μ²")
+    page = render_html(report)
+    assert "prototypes" in page
+    assert "80.0%" in page
+
+
+def test_units_at_several_sites_cost_more_and_the_report_says_so(tmp_path: Path) -> None:
+    apart = network(tmp_path)
+    figures = [row for row in apart["several_sites"]["figures"] if row["population"] == "train"]
+    mu = figures[0]["mu"]
+    assert (apart["epsilon"], apart["mu"]) == (figures[0]["epsilon"], mu)
+    # The same noise meets two clipped vectors of the unit: twice the μ, not √2 times.
+    assert [row["mu"] for row in figures] == pytest.approx([mu, 2 * mu, 3 * mu])
+    assert [row["sites"] for row in figures] == [1, 2, 3]
+    (tmp_path / "two").mkdir()
+    declared = network(tmp_path / "two", max_sites_per_patient=2)
+    validate(declared)
+    assert declared["epsilon"] == figures[1]["epsilon"]
+    assert "up to 2 sites" in declared["statement"]
+    assert any("more than 2 sites" in line and "nobody has checked" in line for line in declared["assumptions"])
+    page = render_html(declared)
+    assert "2 (declared)" in page
+    assert "compose in parallel" in page
+
+
+def test_several_sites_with_local_noise_compose_and_sampling_falls_under_group_privacy(tmp_path: Path) -> None:
+    local = network(tmp_path, noise="local")["several_sites"]["figures"]
+    assert local[1]["mu"] == pytest.approx(local[0]["mu"] * 2**0.5)
+    (tmp_path / "p").mkdir()
+    sampled = network(tmp_path / "p", sampling_rate=0.3, noise_multiplier=20.0)["several_sites"]["figures"]
+    assert sampled[1]["mu"] is None
+    # Never below the exact figure of a full batch's half: twice ε, at a smaller δ.
+    assert 2 * sampled[0]["epsilon"] < sampled[1]["epsilon"] < 4 * sampled[0]["epsilon"]
+
+
+def audit_result() -> dict[str, Any]:
+    check = {"layer": "B", "name": "mean of canaries", "found": 1.7, "limit": 4.5, "passed": True}
+    bound = {"name": "one run", "epsilon": 0.55, "claimed": 2.0, "certain": 0.4, "limit": 2.5, "passed": True}
+    return {
+        "date": "2026-11-21", "passed": True, "epsilon": 2.0, "delta": 1e-5, "facts": {"engine": "closed-form"},
+        "checks": [check], "bounds": [bound], "membership": [{"subject": "linear", "auc": 0.6}],
+    }  # fmt: skip
+
+
+def test_an_audit_is_shown_or_said_to_be_missing(tmp_path: Path) -> None:
+    report = trainer(tmp_path)
+    assert "empirical audit: not run" in render_html(report)
+    attached = attach_audit(report, audit_result())
+    validate(attached)
+    page = render_html(attached)
+    assert "mean of canaries" in page
+    assert "2026-11-21" in page
+    assert "not run" not in page
+    assert "mean of canaries" in render_html(network_report([attached]))
+    refuted = attach_audit(report, audit_result() | {"passed": False})
+    assert "REFUTED" in render_html(refuted)
+    for broken in ([], {}, audit_result() | {"checks": None}):
+        with pytest.raises(PrivacyError, match="FS-1269"):
+            attach_audit(report, broken)
+
+
+def test_a_report_of_the_first_format_is_still_shown(tmp_path: Path) -> None:
+    page = render_html(first_format(network(tmp_path)))
+    assert "What it was spent on" in page
+    assert "If a patient is at several sites" in page

@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from test_report import evaluator, network, trainer, validate
+from test_report import audit_result, evaluator, first_format, network, trainer, validate
 
 from fedsecure.errors import PrivacyError
 from fedsecure.privacy.report import network_report
 from fedsecure.privacy.report_html import load_report
-from fedsecure.privacy.report_verify import PURPOSE, Verdict, sign_report, signed_body, verify_report
+from fedsecure.privacy.report_verify import PURPOSE, Verdict, attach_audit, sign_report, signed_body, verify_report
 
 KEYS = {site: Ed25519PrivateKey.generate() for site in ("north", "south", "west", "rest")}
 
@@ -160,7 +160,7 @@ def test_all_runs_may_not_cost_less_than_one(signed: dict[str, Any]) -> None:
     other = copy.deepcopy(signed)
     budget = other["budgets"]["train"]
     from fedsecure.messages import Event
-    from fedsecure.privacy.report import price
+    from fedsecure.privacy.report_figures import price
 
     budget["all_runs_events"][0]["steps"] = 1
     row = budget["all_runs_events"][0]
@@ -191,7 +191,7 @@ def test_what_is_no_report(signed: dict[str, Any]) -> None:
     with pytest.raises(PrivacyError, match="FS-1232"):
         verify_report({"schema": "other"})
     with pytest.raises(PrivacyError, match="FS-1233"):
-        verify_report(signed | {"schema_version": 2})
+        verify_report(signed | {"schema_version": 3})
 
 
 def test_a_network_s_report_is_checked_site_by_site(tmp_path: Path) -> None:
@@ -209,3 +209,35 @@ def test_a_network_s_report_is_checked_site_by_site(tmp_path: Path) -> None:
     assert check(edited).signatures == verdict.signatures | {"south": "invalid"}
     assert check(sign(whole, site="rest")).signatures == verdict.signatures | {"network": "valid"}
     assert not check(whole | {"sites": []}).ok
+
+
+def test_a_report_of_the_first_format_can_still_be_checked(tmp_path: Path) -> None:
+    older = first_format(network(tmp_path))
+    older["sites"] = [sign(site) for site in older["sites"]]
+    verdict = check(older)
+    assert verdict.ok, verdict.findings
+    assert not check(older | {"mu": 0.01}).consistent
+    with pytest.raises(PrivacyError, match="FS-1233"):
+        attach_audit(older, audit_result())
+
+
+def test_edited_shares_and_figures_for_several_sites_are_found(tmp_path: Path) -> None:
+    whole = network_report([sign(site) for site in network(tmp_path)["sites"]])
+    for edit in ("shares", "several_sites", "max_sites_per_patient"):
+        other = copy.deepcopy(whole)
+        if edit == "shares":
+            other["sites"][0]["budgets"]["train"]["shares"]["purposes"][0]["share"] = 0.5
+        elif edit == "several_sites":
+            other["several_sites"]["figures"][1]["epsilon"] = 0.1
+        else:
+            other["max_sites_per_patient"] = 7
+        assert any("the events give" in finding for finding in check(other).findings), edit
+
+
+def test_an_attached_audit_is_signed_anew(signed: dict[str, Any]) -> None:
+    attached = attach_audit(signed, audit_result())
+    assert "signature" not in attached
+    assert check(sign(attached)).ok
+    forged = sign(attached)
+    forged["audit"]["passed"] = False
+    assert check(forged).signatures == {"north": "invalid"}
