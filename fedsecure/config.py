@@ -9,9 +9,18 @@ import hashlib
 import json
 import tomllib
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, Self, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from fedsecure.errors import ConfigError
 
@@ -46,10 +55,13 @@ class PrivacyConfig(_Section):
         max_grad_norm: clip norm C of a unit's gradient.
         noise: ``"distributed"``: each site adds a share and the sum carries the whole noise; ``"local"``: each
             site's own update is private even against the aggregator.
+        ring_bits: 32, or 16 with distributed noise: half the bytes up, for a rotation and a coarser grid.
         sampling_rate: 1 is full batch; less is Poisson sampling of units.
         noise_multiplier: ``"auto"`` calibrates to ``target_epsilon``; a number is taken as it is.
         spare_attempts: failed attempts the calibration leaves room for; each costs a round's charge.
         minimum_signal_to_noise: a plan below this predicted ratio is refused.
+        no_privacy: why the run goes without privacy, for comparisons on public data; empty: it is private. The noise
+            is then a token one, the ledger is charged what that is worth, and each site's policy has to allow it.
     """
 
     target_epsilon: Positive = 8.0
@@ -59,10 +71,25 @@ class PrivacyConfig(_Section):
     max_sites_per_patient: Annotated[int, Field(ge=1, le=256)] = 1
     max_grad_norm: Positive = 0.1
     noise: Literal["distributed", "local"] = "distributed"
+    ring_bits: Literal[32, 16] = 32
     sampling_rate: Annotated[float, Field(gt=0, le=1)] = 1.0
     noise_multiplier: Literal["auto"] | Positive = "auto"
     spare_attempts: Annotated[int, Field(ge=0, le=1000)] = 1
     minimum_signal_to_noise: Annotated[float, Field(ge=0)] = 0.02
+    no_privacy: Annotated[str, Field(max_length=200), AfterValidator(_printable)] = ""
+
+    @field_validator("ring_bits")
+    @classmethod
+    def _check_ring(cls, bits: int, others: ValidationInfo) -> int:
+        if bits == 16 and others.data.get("noise") != "distributed":
+            raise ValueError('16 needs noise = "distributed": local changes are far finer than its grid')
+        return bits
+
+    @model_validator(mode="after")
+    def _check_token(self) -> Self:
+        if self.no_privacy and (self.sampling_rate != 1 or self.noise_multiplier != "auto"):
+            raise ValueError('no_privacy goes with sampling_rate = 1 and noise_multiplier = "auto"')
+        return self
 
 
 class EncoderChoice(_Section):
@@ -146,7 +173,7 @@ class RoundsConfig(_Section):
         max_attempts: attempts of one round before the run ends.
         prepared_rounds: training rounds whose keys are set up at once, so that each then takes three messages instead
             of five; 0 sets up every round by itself. A site that restarts loses its keys, and new ones are set up.
-        transcripts: record every attempt for ``fedsecure transcript verify``; needs ``prepared_rounds = 0``.
+        transcripts: record every attempt, and every set-up of keys, for ``fedsecure transcript verify``.
     """
 
     colluders: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
@@ -158,12 +185,6 @@ class RoundsConfig(_Section):
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5
     prepared_rounds: Annotated[int, Field(ge=0, le=1024)] = 16
     transcripts: bool = False
-
-    @model_validator(mode="after")
-    def _check(self) -> RoundsConfig:
-        if self.transcripts and self.prepared_rounds:
-            raise ValueError("transcripts = true needs prepared_rounds = 0: only whole rounds are recorded")
-        return self
 
 
 class RunSettings(_Section):
@@ -281,6 +302,8 @@ class PolicyConfig(_Section):
         methods: allowed methods.
         noise: allowed places of noise.
         unit: the least privacy unit this site accepts: ``"patient"`` refuses runs by record.
+        no_privacy: accept runs that say ``no_privacy``; only for data that may be published. ``max_epsilon`` and
+            ``min_noise_multiplier`` still hold.
     """
 
     max_epsilon: Positive = 8.0
@@ -292,6 +315,7 @@ class PolicyConfig(_Section):
     methods: tuple[str, ...] = ("linear", "facmic", "prototypes", "ridge", "evaluate")
     noise: tuple[Literal["distributed", "local"], ...] = ("distributed", "local")
     unit: Literal["patient", "record"] = "patient"
+    no_privacy: bool = False
 
 
 class SiteConfig(_Section):

@@ -17,8 +17,9 @@ from fedsecure.methods.base import Ask, Tensor
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.methods.contexts import epoch_context, round_context
 from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.secagg.epoch_descriptor import EpochDescriptor
 from fedsecure.secagg.epoch_server import EpochServer
-from fedsecure.secagg.record import RecordingServer
+from fedsecure.secagg.record import RecordingEpochServer, RecordingServer, Write, file_name
 from fedsecure.secagg.server import SecAggServer
 from fedsecure.secagg.spool import FileSpool, Spool
 from fedsecure.transport.tensors import pack_tensor
@@ -59,6 +60,7 @@ class Openings:
             inputs=inputs,
             segments=ask.segments,
             events=ask.events,
+            ring_bits=ask.ring_bits,
         )
 
     def attempt(
@@ -81,7 +83,7 @@ class Openings:
         """The run's set-up of keys number ``number`` among the sessions ``tokens``, and its descriptor's bytes."""
         roster = self.identity.roster
         descriptor = epoch_context(self.settings, run=self.run, number=number, roster=roster)
-        server = EpochServer(descriptor, roster=roster, signing_key=self.identity.signing_key)
+        server = self._epoch_server(descriptor)
         return SetUp(server, tokens=tokens, waits=self.settings.rounds, now=now), descriptor.canonical()
 
     def _server(self, descriptor: RoundDescriptor, spool: Spool) -> SecAggServer:
@@ -89,8 +91,18 @@ class Openings:
         roster, key = self.identity.roster, self.identity.signing_key
         if not self.settings.rounds.transcripts:
             return SecAggServer(descriptor, roster=roster, signing_key=key, spool=spool)
-        write = self.store.transcript(descriptor.round, descriptor.attempt)
-        return RecordingServer(descriptor, roster=roster, signing_key=key, spool=spool, write=write)
+        return RecordingServer(descriptor, roster=roster, signing_key=key, spool=spool, write=self._write(descriptor))
+
+    def _epoch_server(self, descriptor: EpochDescriptor) -> EpochServer:
+        """A set-up of keys, recorded with its rounds where the settings say so."""
+        roster, key = self.identity.roster, self.identity.signing_key
+        if not self.settings.rounds.transcripts:
+            return EpochServer(descriptor, roster=roster, signing_key=key)
+        write = self._write(descriptor)
+        return RecordingEpochServer(descriptor, roster=roster, signing_key=key, write=write, rounds=self._write)
+
+    def _write(self, descriptor: RoundDescriptor | EpochDescriptor) -> Write:
+        return self.store.transcript(file_name(descriptor))
 
 
 __all__ = ["Broadcast", "Openings"]

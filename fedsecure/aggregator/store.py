@@ -47,10 +47,9 @@ class RunStore:
             file.flush()
             os.fsync(file.fileno())
 
-    def transcript(self, round: int, attempt: int) -> Callable[[bytes | memoryview], object]:
-        """Where the transcript of an attempt is appended to."""
-        folder = make_folder(self.folder / "transcripts")
-        file = folder / f"round-{round:05d}-attempt-{attempt}.transcript"
+    def transcript(self, name: str) -> Callable[[bytes | memoryview], object]:
+        """Where the transcript of an attempt, or of a set-up of keys, is appended to."""
+        file = make_folder(self.folder / "transcripts") / name
 
         def write(data: bytes | memoryview) -> None:
             with file.open("ab") as opened:

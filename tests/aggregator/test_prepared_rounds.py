@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -67,16 +69,64 @@ def test_a_site_that_restarts_gets_new_keys_and_takes_part_again(tmp_path: Path)
     assert took_part[-2], "in the last training round again"
 
 
-def test_recorded_rounds_verify_and_a_changed_byte_is_found(tmp_path: Path) -> None:
-    world = World(tmp_path, rounds=2, waits={"prepared_rounds": 0, "transcripts": True})
+@pytest.mark.parametrize("prepared", [0, 2])
+def test_recorded_rounds_verify_and_a_changed_byte_is_found(tmp_path: Path, prepared: int) -> None:
+    world = World(tmp_path, rounds=3, waits={"prepared_rounds": prepared, "transcripts": True})
     world.start()
     world.run(*(world.take_part(name) for name in world.names))
     assert not world.errors
     files = sorted(tmp_path.glob("aggregator/runs/*/transcripts/*.transcript"))
-    assert len(files) == 4
-    for file in files:
-        assert verify_transcript(file).ok
-    raw = bytearray(files[1].read_bytes())
-    raw[len(raw) // 2] ^= 1
-    files[1].write_bytes(bytes(raw))
-    assert not verify_transcript(files[1]).ok
+    rounds, set_ups = files[:5], files[5:]
+    assert [file.name[:6] for file in files] == ["round-"] * 5 + ["set-up"] * (2 if prepared else 0)
+    verdicts = [verify_transcript(file) for file in files]
+    assert all(verdict.ok and verdict.finished for verdict in verdicts)
+    # Evaluations bring keys of their own.
+    on_prepared = [hashlib.sha256(file.read_bytes()).digest() for file in set_ups]
+    assert {verdict.set_up for verdict in verdicts} == {b"", *on_prepared}
+    for number, altered in ((1, rounds[1]), *((2, file) for file in set_ups[:1])):
+        raw = bytearray(good := altered.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        altered.write_bytes(bytes(raw))
+        assert not verify_transcript(rounds[number]).ok
+        altered.write_bytes(good)
+        assert verify_transcript(rounds[number]).ok
+
+
+def test_a_restart_that_renews_the_keys_is_recorded(tmp_path: Path) -> None:
+    waits = {"prepared_rounds": 64, "transcripts": True, "silence_seconds": 60.0}
+    world = World(tmp_path, sites=5, rounds=40, waits=waits)
+    world.start()
+    back = threading.Event()
+
+    class Patient(MemoryTransport):
+        """Holds the run up, some rounds after the other site left, until it is back."""
+
+        def next(self, request: pb.NextRequest) -> pb.Directive:
+            if request.after >= 45:
+                back.wait(30)
+            return super().next(request)
+
+    class Returning(MemoryTransport):
+        def join(self, request: pb.JoinRequest) -> pb.JoinReply:
+            reply = super().join(request)
+            back.set()
+            return reply
+
+    def leaves_and_returns() -> None:
+        with world.client("site-2") as client:
+            for number, query in enumerate(client.queries()):
+                client.answer(query)
+                if number == 3:
+                    break
+        world.take_part("site-2", transport=Returning(world.coordinator, "site-2", world.gate))()
+
+    patient = world.take_part("site-1", transport=Patient(world.coordinator, "site-1", world.gate))
+    world.run(leaves_and_returns, patient, *(world.take_part(n) for n in world.names[2:]), seconds=120)
+    assert not world.errors
+    folder = next(iter(tmp_path.glob("aggregator/runs/*/transcripts")))
+    verdicts = [verify_transcript(file) for file in sorted(folder.iterdir())]
+    assert all(verdict.ok for verdict in verdicts), [verdict.lines() for verdict in verdicts if not verdict.ok]
+    finished = [verdict for verdict in verdicts if verdict.slots and verdict.finished]
+    assert len(finished) >= 2, "the keys were set up again"
+    used = {verdict.set_up for verdict in verdicts if verdict.set_up}
+    assert len(used) >= 2, "and used by later rounds"
