@@ -132,6 +132,71 @@ def demo(
 
 
 @app.command()
+def simulate(
+    method: Annotated[str, typer.Option(help="Installed method, or several with commas.")] = "linear",
+    federation: Annotated[
+        Path | None,
+        typer.Option(
+            help="Settings as for fedsecure init; or, without --features, the federation.toml of a laid-out one."
+        ),
+    ] = None,
+    features: Annotated[Path | None, typer.Option(help="Records to share out, .npz (docs/datasets.md).")] = None,
+    sites: Annotated[int, typer.Option(help="Sites, where no settings name them.")] = 5,
+    partition: Annotated[
+        str, typer.Option(help="iid, dirichlet:ALPHA (labels) or quantity:ALPHA (sizes); several with commas.")
+    ] = "iid",
+    epsilon: Annotated[str, typer.Option(help="Targets; inf is a run without privacy.")] = "0.5,1,2,4,8,inf",
+    noise: Annotated[str, typer.Option(help="distributed, local, or both with a comma.")] = "distributed",
+    seeds: Annotated[int, typer.Option(help="Repeats: of partition, first weights and noise.")] = 3,
+    delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-5,
+    rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
+    local_steps: Annotated[int, typer.Option(help="Noisy steps a site takes per round, with --noise local.")] = 1,
+    colluders: Annotated[int | None, typer.Option(help="Colluding sites the sum withstands, at least 1.")] = None,
+    min_survivors: Annotated[int | None, typer.Option(help="Fewest sites in a sum, at least 3.")] = None,
+    train: Annotated[str, typer.Option(help="Splits of --features to share out, with commas.")] = "train",
+    test: Annotated[str, typer.Option(help="Split of --features to evaluate on; public.")] = "test",
+    centre: Annotated[
+        str, typer.Option(help="Public mean: file, none, or FILE.npz:ARRAY of public image features.")
+    ] = "file",
+    out: Annotated[Path, typer.Option(help="Folder of the results; continued if it is there.")] = Path(
+        "fedsecure-simulation"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Measure methods over ε. Each cell is a whole run in memory, with a deployment's code."""
+    from fedsecure.cli.display import print_json
+    from fedsecure.cli.simulated import show_simulation, simulation_progress, without_infinity
+    from fedsecure.simulation.simulate import SimulationOptions, listed, numbers
+    from fedsecure.simulation.simulate import simulate as run
+
+    options = SimulationOptions(
+        out=out,
+        methods=listed(method),
+        federation=federation,
+        features=features,
+        sites=sites,
+        partitions=listed(partition),
+        epsilons=numbers("--epsilon", epsilon),
+        noises=listed(noise),
+        seeds=seeds,
+        delta=delta,
+        rounds=rounds,
+        local_steps=local_steps,
+        colluders=colluders,
+        min_survivors=min_survivors,
+        train=listed(train),
+        test=test,
+        centre=centre,
+    )
+    with simulation_progress(live=not as_json) as watch:
+        result = run(options, watch=watch)
+    if as_json:
+        print_json(without_infinity(result))
+    else:
+        show_simulation(result)
+
+
+@app.command()
 def serve(
     config: Annotated[Path, typer.Option(help="federation.toml")],
     quiet: Quiet = False,
@@ -255,6 +320,34 @@ def report_page(
     typer.echo(str(html))
 
 
+@report.command("attach")
+def report_attach(
+    file: ReportFile,
+    audit: Annotated[Path, typer.Option(help="What `fedsecure audit --json` printed.")],
+    identity: Annotated[
+        Path | None, typer.Option(help="identity.key of the report's site, to sign it anew; without it, unsigned.")
+    ] = None,
+) -> None:
+    """Put the result of an audit into a report, in place."""
+    import json
+
+    from fedsecure.files import write_whole
+    from fedsecure.identity import keys
+    from fedsecure.privacy.report_html import load_report
+    from fedsecure.privacy.report_verify import PURPOSE, attach_audit, load_audit, sign_report
+
+    attached = attach_audit(load_report(file), load_audit(audit))
+    if identity is not None:
+        if attached["kind"] != "site":
+            raise typer.BadParameter(
+                "a federation's report is not signed; its sites' reports are", param_hint="identity"
+            )
+        key = keys.load_private_key(identity)
+        attached = sign_report(attached, lambda body: keys.sign(key, PURPOSE, body), site=str(attached["site"]))
+    write_whole(file, json.dumps(attached, indent=2, sort_keys=True).encode())
+    typer.echo(f"{file}: {'signed anew' if identity else 'without a signature'}")
+
+
 @report.command("verify")
 def report_verify(
     file: ReportFile,
@@ -293,14 +386,16 @@ def report_verify(
 def budget_show(
     ledger: Annotated[Path, typer.Option(help="The site's ledger file.")],
     delta: Annotated[float, typer.Option(help="δ at which ε is computed.")] = 1e-5,
+    max_epsilon: Annotated[
+        float | None, typer.Option(help="Limit to reckon with where the ledger has none, such as the policy's.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Spent ε of every data set, recomputed from the recorded events."""
+    """Spent and remaining ε of every data set, and how many more releases like the last one fit."""
     from fedsecure.cli.display import print_json, show_budget
-    from fedsecure.privacy.ledger import Ledger
+    from fedsecure.privacy.budget import show
 
-    with Ledger.open_existing(ledger) as opened:
-        rows = opened.summary(delta=delta)
+    rows = show(ledger, delta=delta, max_epsilon=max_epsilon)
     if as_json:
         print_json({"delta": delta, "datasets": rows})
     else:
@@ -311,20 +406,18 @@ def budget_show(
 def budget_history(
     ledger: Annotated[Path, typer.Option(help="The site's ledger file.")],
     dataset: Annotated[str | None, typer.Option(help="Of this data set only.")] = None,
+    delta: Annotated[float, typer.Option(help="δ at which ε of a single charge is computed.")] = 1e-5,
     as_json: Json = False,
 ) -> None:
-    """Every charge of a ledger: which run, round and attempt, and what became of it."""
+    """Every charge, what it costs by itself and what became of it, and every limit."""
     from fedsecure.cli.display import print_json, show_history
-    from fedsecure.privacy.ledger import Ledger
+    from fedsecure.privacy.budget import history
 
-    with Ledger.open_existing(ledger) as opened:
-        entries = [entry for entry in opened.history(dataset) if entry.state == "RESERVED"]
-    fields = ("dataset", "population", "run", "round", "attempt", "utc", "reservation")
-    rows = [{**{name: getattr(entry, name) for name in fields}, "state": entry.final} for entry in entries]
+    rows = history(ledger, dataset=dataset, delta=delta)
     if as_json:
-        print_json({"charges": rows})
+        print_json({"delta": delta, "entries": rows})
     else:
-        show_history(rows)
+        show_history(rows, delta=delta)
 
 
 @budget.command("set")
@@ -393,6 +486,8 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Try to refute the proven ε: replay, canaries, membership attack."""
+    from datetime import UTC, datetime
+
     from fedsecure.cli.display import print_json, show_audit
     from fedsecure.learning.audit_run import run_audit
 
@@ -409,7 +504,7 @@ def audit(
         membership=membership,
     )
     if as_json:
-        print_json(result.to_dict())
+        print_json({"date": datetime.now(UTC).date().isoformat()} | result.to_dict())
     else:
         show_audit(result)
     raise typer.Exit(0 if result.passed else 1)

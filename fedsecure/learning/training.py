@@ -129,17 +129,18 @@ def suggest(
     The step is ``learning_rate · noisy sum / units``; nearly every gradient is clipped, so a rate stands for
     ``learning_rate · max_grad_norm · steps``, the whole way the adapter goes, whatever C and T.
 
-    * linear: the way is min(s, 0.07 s², 64) with s = μ·units/K, the signal-to-noise of one class: noise of about
+    * linear: the way is min(s, 0.07 s², 128) with s = μ·units/K, the signal-to-noise of one class: noise of about
       2/s of the way reaches each logit, so a linear rate holds the noise in the logits constant, and the square
       keeps it below the differences between the prior's logits where s is small. The temperature, that is the
       weight of the prior, falls as 300/s between 25 and 8.
     * facmic: the gate's exponents get noise of standard deviation g = way·√(d/2)/(μ·units), as LeakyReLU(LayerNorm)
-      has norm about √(d/2). Above g = 1 the gate scrambles the features; g = min(0.9, μ·units/(94·√(d/2))). A
-      single step goes at most 3: longer ones overshoot and the module diverges, noise or not. So few steps do not
-      use a strong signal up: take 60 or more at ε = 8.
+      has norm about √(d/2). Above g = 1 the gate scrambles the features; g = min(0.9, s/94) with
+      s = μ·units/√(d/2). A single step goes at most 3 up to s = 300, and at most 8 from s = 800 on: longer ones
+      overshoot in noise and the module diverges. So few steps do not use a strong signal up: take 60 or more at
+      ε = 8.
 
-    Both were chosen on validation splits of CLIP ViT-B/32 features (UCF101, Caltech101), with and without centring,
-    and the first also on subsets down to 60 records and 4 classes.
+    Both were chosen on validation records of CLIP ViT-B/32 features (UCF101, Caltech101), with and without centring
+    (``benchmarks/accuracy_study.py``), and the first also on subsets down to 60 records and 4 classes.
 
     Args:
         kind: the adapter.
@@ -156,12 +157,13 @@ def suggest(
     per_step = steps * min(max_grad_norm, _LARGEST_GRADIENT.get(kind, 1.0))
     if kind == "linear":
         signal = mu_total * units / classes
-        way = min(signal, 0.07 * signal**2, 64.0)
+        way = min(signal, 0.07 * signal**2, 128.0)
         return way * classes / per_step, min(max(300.0 / max(signal, 1.0), 8.0), 25.0)
     if kind == "facmic":
         width = math.sqrt(dimension / 2)
         signal = mu_total * units / width
-        way = min(min(0.9, signal / 94) * signal, 3.0 * steps)
+        longest = min(max(signal / 100, 3.0), 8.0)
+        way = min(min(0.9, signal / 94) * signal, longest * steps)
         return way / per_step, 30.0
     raise ModelError(
         "FS-1631", f"adapter {kind!r}", expected="linear or facmic", cure="mend method.name in the settings"

@@ -19,6 +19,9 @@ from fedsecure.errors import ConfigError, PrivacyError
 from fedsecure.messages import Event
 from fedsecure.privacy import accounting
 
+# Noise multiplier of a run without privacy: nothing next to any gradient, and still a number to charge and to add up.
+TOKEN_NOISE = 1e-3
+
 
 class CohortNumbers(Protocol):
     """The public numbers of secure aggregation a plan depends on; ``methods.base.Cohort`` has them."""
@@ -165,7 +168,9 @@ class Privacy(PrivacyConfig):
             )  # fmt: skip
         attempts = rounds + self.spare_attempts
         z = (
-            accounting.calibrate(
+            TOKEN_NOISE
+            if self.no_privacy
+            else accounting.calibrate(
                 self.target_epsilon,
                 self.delta,
                 steps=attempts * local_steps,

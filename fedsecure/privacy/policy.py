@@ -13,6 +13,7 @@ from fedsecure.config import PolicyConfig, RunSettings
 from fedsecure.errors import PrivacyError
 from fedsecure.messages import Event, Population, Query, Segment
 from fedsecure.privacy.grid import check_segment, segment_clip_norm
+from fedsecure.privacy.ring16 import RING_BITS, clip_room
 
 # One unit moves its class's count of hits and its count of units by at most 1 each.
 EVALUATION_SENSITIVITY = math.sqrt(2.0)
@@ -36,9 +37,10 @@ def check_query(query: Query, settings: RunSettings, policy: PolicyConfig) -> No
         policy: the site's own limits.
 
     Raises:
-        PrivacyError: FS-1220 method, FS-1221 place of noise, FS-1222 noise multiplier, FS-1223 privacy unit, FS-1226
-            size of the cohort or number of colluders; FS-1224 noise and price disagree, FS-1225 a segment without
-            noise is neither public nor privatised step by step, FS-1227 a bound below what a unit may contribute;
+        PrivacyError: FS-1216 a run without privacy, FS-1220 method, FS-1221 place of noise, FS-1222 noise multiplier,
+            FS-1223 privacy unit, FS-1226 size of the cohort or number of colluders; FS-1224 noise and price disagree,
+            FS-1225 a segment without noise is neither public nor privatised step by step, FS-1227 a bound below what a
+            unit may contribute;
             FS-1206, FS-1211, FS-1212 from the ring.
     """
     _check_limits(query, settings, policy)
@@ -65,6 +67,8 @@ def _check_limits(query: Query, settings: RunSettings, policy: PolicyConfig) -> 
         raise _refused("FS-1221", f'noise = "{place}"', " or ".join(policy.noise), "noise")
     if trains and policy.unit == "patient" and settings.privacy.unit == "record":
         raise _refused("FS-1223", 'unit = "record"', 'unit = "patient"', "unit")
+    if trains and settings.privacy.no_privacy and not policy.no_privacy:
+        raise _refused("FS-1216", f'no privacy ("{settings.privacy.no_privacy}")', "a private run", "no_privacy")
     for event in query.events:
         if event.noise_multiplier < policy.min_noise_multiplier:
             raise _refused(
@@ -95,7 +99,7 @@ def _check_price(query: Query, settings: RunSettings, noised: list[Segment]) -> 
         if any(event.steps != 1 for event in events):
             raise _inconsistent("an event of several steps for noise that the door adds once")
         for segment in noised:
-            _check_room(segment, settings, population)
+            _check_room(segment, settings, population, query.ring_bits)
         honest = _honest(settings, population, len(query.cohort))
         for claimed, real in (
             (_together(event.noise_multiplier for event in events), own * math.sqrt(honest)),
@@ -107,10 +111,13 @@ def _check_price(query: Query, settings: RunSettings, noised: list[Segment]) -> 
                 )
 
 
-def _check_room(segment: Segment, settings: RunSettings, population: Population) -> None:
-    """The noise is scaled to the bound, so the bound must hold what this site clips its units to."""
+def _check_room(segment: Segment, settings: RunSettings, population: Population, ring_bits: int) -> None:
+    """The noise is scaled to the bound, so the bound must hold what this site clips its units to, and the rounding:
+    of the sum, or in the ring of 16 bits of each unit, as the door sees to."""
     norm = settings.privacy.max_grad_norm if population == "train" else EVALUATION_SENSITIVITY
     room = segment_clip_norm(segment)
+    if ring_bits == RING_BITS:
+        room = clip_room(segment.bound, segment.length, rounding="record") * segment.grid
     if room < norm * (1 - _ROUNDING):
         raise PrivacyError(
             "FS-1227",

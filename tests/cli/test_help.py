@@ -58,12 +58,25 @@ def test_no_snapshot_is_left_over() -> None:
 
 
 def test_the_commands_are_all_there() -> None:
-    expected = {"demo", "serve", "join", "init", "predict", "evaluate", "report", "budget", "transcript", "audit"}
+    expected = {
+        "demo",
+        "serve",
+        "join",
+        "init",
+        "predict",
+        "evaluate",
+        "report",
+        "budget",
+        "transcript",
+        "audit",
+        "simulate",
+    }
     assert {path[0] for path in PAGES if path} >= expected
     assert {path for path in PAGES if len(path) == 2} == {
         *(("budget", name) for name in ("show", "history", "set", "verify")),
         ("transcript", "verify"),
         ("report", "page"),
+        ("report", "attach"),
         ("report", "verify"),
     }
 

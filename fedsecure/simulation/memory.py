@@ -1,0 +1,112 @@
+"""A whole federation in one process: the coordinator, clients, secure aggregation and ledgers of a deployment.
+
+Only the transport is the in-memory twin, and where a seed is given the noise comes from it, so that a run can be
+repeated; its reports then say that they protect nobody.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.client import Client, Moment
+from fedsecure.config import FederationConfig, SiteConfig
+from fedsecure.errors import RunError
+from fedsecure.identity.provision import load_identity
+from fedsecure.transport.memory import MemoryTransport
+from fedsecure.wire import federation_pb2 as pb
+
+Watch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRun:
+    """What a run left behind: each site's privacy report and traffic, and how long it took.
+
+    Attributes:
+        reports: site → privacy report.
+        bytes_up: site → bytes it sent.
+        wall_seconds: from the first join to the last report.
+    """
+
+    reports: Mapping[str, Mapping[str, Any]]
+    bytes_up: Mapping[str, int]
+    wall_seconds: float
+
+
+class _Leash(MemoryTransport):
+    """Lets go of a site whose run has failed elsewhere, so that nobody waits for it."""
+
+    def __init__(self, core: Coordinator, site: str, gate: threading.Condition, failed: threading.Event) -> None:
+        super().__init__(core, site, gate)
+        self._failed = failed
+
+    def next(self, request: pb.NextRequest) -> pb.Directive:
+        if self._failed.is_set():
+            raise RunError(
+                "FS-1709",
+                "the simulated run was given up",
+                expected="a run that completes",
+                cure="see the error it ended with",
+            )
+        return super().next(request)
+
+
+def run_in_memory(
+    config: FederationConfig, sites: Mapping[str, SiteConfig], *, seed: int | None, watch: Watch
+) -> MemoryRun:
+    """One run from the first join to the last report, a thread for each site.
+
+    Args:
+        config: as ``federation.toml``; its address is not used.
+        sites: each site's ``site.toml``.
+        seed: of all noise; ``None`` draws it from the operating system.
+        watch: called with (round, rounds) from a site's thread.
+
+    Raises:
+        FedsecureError: the first that a site or the coordinator ended with.
+    """
+    coordinator = Coordinator(config, load_identity(config.identity), run=os.urandom(16), now=time.monotonic())
+    gate, failed = threading.Condition(), threading.Event()
+    reports: dict[str, Mapping[str, Any]] = {}
+    traffic: dict[str, int] = {}
+    errors: list[BaseException] = []
+    first = min(sites)
+
+    def show(moment: Moment) -> None:
+        if moment.rounds:
+            watch(moment.round, moment.rounds)
+
+    def take_part(site: str) -> None:
+        transport = _Leash(coordinator, site, gate, failed)
+        try:
+            with Client(
+                sites[site],
+                transport=transport,
+                simulation_seed=seed,
+                progress=show if site == first else None,
+            ) as client:
+                client.run()
+                reports[site] = client.privacy_report()
+            traffic[site] = transport.bytes_up
+        except BaseException as error:
+            errors.append(error)
+            failed.set()
+
+    begun = time.monotonic()
+    threads = [threading.Thread(target=take_part, args=(site,), name=site, daemon=True) for site in sorted(sites)]
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        failed.set()
+    if errors:
+        raise errors[0]
+    return MemoryRun(reports=reports, bytes_up=traffic, wall_seconds=time.monotonic() - begun)
