@@ -160,6 +160,10 @@ class SiteEntry(_Section):
     evaluation_public: bool = False
 
 
+# Sites times prepared rounds: a set-up's messages take up to 128 bytes for each, and a call carries 8 MiB.
+MAX_PREPARED = 60_000
+
+
 class RoundsConfig(_Section):
     """Cohort, collusion and waiting.
 
@@ -173,6 +177,7 @@ class RoundsConfig(_Section):
         max_attempts: attempts of one round before the run ends.
         prepared_rounds: training rounds whose keys are set up at once, so that each then takes three messages instead
             of five; 0 sets up every round by itself. A site that restarts loses its keys, and new ones are set up.
+            Times the number of training sites at most 60 000.
         transcripts: record every attempt, and every set-up of keys, for ``fedsecure transcript verify``.
     """
 
@@ -212,6 +217,10 @@ class RunSettings(_Section):
         trainers = self.declared_units()
         if len(trainers) < 3:
             raise ValueError(f"{len(trainers)} training sites; a secure sum needs at least 3")
+        prepared = self.rounds.prepared_rounds
+        if prepared * len(trainers) > MAX_PREPARED:
+            most = MAX_PREPARED // len(trainers)
+            raise ValueError(f"prepared_rounds = {prepared} for {len(trainers)} training sites, at most {most}")
         if any(units < 1 for units in trainers.values()):
             raise ValueError("every training site declares max_units >= 1")
         if self.privacy.noise == "distributed" and self.method.local_steps != 1:

@@ -76,6 +76,7 @@ class Openings:
             slot=keys.slot() if keys else 0,
         )
         spool = FileSpool(self.store.folder / "spool")
+        spool.reserve(descriptor.length * descriptor.word_bytes, uploads=len(descriptor.cohort))
         server = keys.round(descriptor, spool=spool) if keys else self._server(descriptor, spool)
         return Attempt(query, descriptor, server=server, waits=self.settings.rounds, now=now), descriptor
 

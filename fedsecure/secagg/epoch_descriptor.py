@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from functools import cached_property
 
+from fedsecure.config import MAX_PREPARED
 from fedsecure.errors import ProtocolError
 from fedsecure.identity.roster import Roster
 from fedsecure.secagg.canonical import Reader, pack_bytes
@@ -29,7 +30,7 @@ class EpochDescriptor:
         roster_hash: SHA-256 of the roster.
         config_hash: SHA-256 of the federation's public settings.
         epoch: its number, strictly increasing within a run.
-        slots: R, 1 … 1024.
+        slots: R, 1 … 1024, and times the sites at most 60 000: a message of the set-up stays below 8 MiB.
         cohort: site ids in protocol order.
 
     Raises:
@@ -52,6 +53,8 @@ class EpochDescriptor:
             raise _ill_formed("a run id or a hash of wrong size")
         if not (0 <= self.epoch < 1 << 64 and 1 <= self.slots <= MAX_SLOTS):
             raise _ill_formed(f"epoch {self.epoch} of {self.slots} slots")
+        if self.slots * len(self.cohort) > MAX_PREPARED:
+            raise _ill_formed(f"{self.slots} slots for {len(self.cohort)} sites, more than {MAX_PREPARED} in all")
         if len(set(self.cohort)) != len(self.cohort):
             raise _ill_formed("a site appears twice in the cohort")
         Thresholds(len(self.cohort), self.colluders, self.threshold, self.min_survivors, self.mode)
