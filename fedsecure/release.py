@@ -9,7 +9,7 @@ leaked.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -20,12 +20,13 @@ from fedsecure.config import RunSettings, SiteConfig
 from fedsecure.errors import FedsecureError, PrivacyError, RunError
 from fedsecure.learning.features import SiteFeatures
 from fedsecure.learning.units import UnitFeatures
-from fedsecure.messages import Answer, Contribution, Event, Population, Query, RingArray, SiteState
+from fedsecure.messages import Answer, Contribution, Event, FloatArray, Population, Query, RingArray, SiteState
 from fedsecure.methods.base import Method, Tensor
 from fedsecure.privacy import policy
 from fedsecure.privacy.grid import privatise_on_grid, round_to_grid
 from fedsecure.privacy.ledger import Ledger, Reservation
 from fedsecure.privacy.noise import PrivacyRng
+from fedsecure.privacy.ring16 import RING_BITS, sum_records
 from fedsecure.secagg.client import MaskedInput
 from fedsecure.secagg.ring import to_ring
 
@@ -69,6 +70,7 @@ class Capability:
     samples_drawn: int = 0
     units_read: int = 0
     read_private: set[str] = field(default_factory=set)
+    rounded: dict[str, FloatArray] = field(default_factory=dict)
     answered: bool = False
 
     def units(self, population: Population) -> UnitFeatures | None:
@@ -117,6 +119,23 @@ class Capability:
         return privatise_on_grid(
             clipped_sum, clip_norm=clip_norm, noise_multiplier=event.noise_multiplier, rng=self._rng
         )
+
+    def sum_units(self, segment: str, vectors: Iterable[FloatArray]) -> FloatArray:
+        self._require_open()
+        layout = next((s for s in self.query.segments if s.name == segment), None)
+        noised = layout is not None and layout.noise_variance > 0
+        if layout is None or not noised or self.query.ring_bits != RING_BITS or segment in self.rounded:
+            raise PrivacyError(
+                "FS-1215",
+                f"method {self.query.method!r} has units rounded for {segment!r}",
+                expected="a noised segment of a query in the ring of 16 bits, once",
+                cure="report it to the method's author",
+            )
+        total = sum_records(vectors, layout, rng=self._rng)
+        # The answer must hold this very sum: what was changed since is no sum of rounded units.
+        total.flags.writeable = False
+        self.rounded[segment] = total
+        return total
 
     def _require_open(self) -> None:
         if self.answered:
@@ -270,6 +289,13 @@ class Door:
                     cure="look at the site's training data and log",
                 )
             if segment.noise_variance > 0:
+                if query.ring_bits == RING_BITS and values is not used.rounded.get(segment.name):
+                    raise PrivacyError(
+                        "FS-1217",
+                        f"segment {segment.name!r} was not rounded unit by unit",
+                        expected="the sum that the door made of single units: the bound has room for no other rounding",
+                        cure="use ring_bits = 32, or a method that answers in the ring of 16 bits",
+                    )
                 units = min(answer.units.get(segment.name, 0), used.units_read)
                 most = units * segment.bound * segment.grid
                 if float(np.linalg.norm(values)) > most * (1 + _ROUNDING):

@@ -23,6 +23,7 @@ from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Vector
 from fedsecure.learning.audit_attack import attack_heads
 from fedsecure.learning.audit_material import CLIP, Material, adversarial_units, load_material
+from fedsecure.learning.audit_narrow import replay_narrow
 from fedsecure.learning.canaries import Canaries, audited_sum, make_canaries
 from fedsecure.learning.engines import EngineName, choose_engine, clipped_sum
 from fedsecure.learning.task import HeadTask
@@ -227,6 +228,7 @@ def _replay(task: HeadTask, material: Material, noise_multiplier: float) -> Iter
             name=f"sensitivity on the grid: {unit}",
             probes=range(10),
         )
+        yield from replay_narrow(task, start, units, sites=SITES, unit=unit)
         without = units.select(np.arange(len(units)) > 0)
         yield check_unchanged(
             _frozen_steps(task, units), _frozen_steps(task, without), name=f"rate and normaliser: {unit}"

@@ -7,7 +7,7 @@ half only.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,7 +31,8 @@ Tensor = npt.NDArray[Any]
 class Ask:
     """What the server half wants to ask; the aggregator turns it into a ``Query``.
 
-    ``inputs`` are the tensors to broadcast; ``trainers_only`` chooses the cohort: training sites, or all.
+    ``inputs`` are the tensors to broadcast; ``trainers_only`` chooses the cohort: training sites, or all;
+    ``ring_bits`` is the ring of the sum, 32 or 16.
     """
 
     method: str
@@ -40,6 +41,7 @@ class Ask:
     segments: tuple[Segment, ...]
     events: tuple[Event, ...]
     trainers_only: bool
+    ring_bits: int = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,10 @@ class Release(Protocol):
 
     def privatise(self, clipped_sum: npt.NDArray[np.float64], clip_norm: float) -> npt.NDArray[np.float64]:
         """A local step's clipped sum on the fine grid with its Gaussian noise; once per declared step."""
+
+    def sum_units(self, segment: str, vectors: Iterable[npt.NDArray[np.float64]]) -> npt.NDArray[np.float64]:
+        """The sum of units' vectors, each rounded by itself to at most the segment's bound: what a noised segment of
+        the ring of 16 bits is answered with, unchanged, and once."""
 
 
 class Method(Protocol):

@@ -2,19 +2,22 @@
 
 With ``noise="distributed"`` (privacy.md §3.10) every round is one full-batch or Poisson step: a site answers with
 the sum of its units' clipped gradients, the doors' noise shares add up inside the secure sum, and the aggregator
-takes the step. With ``noise="local"`` a site takes all of a round's noisy steps itself and answers with its
-weighted change of the adapter.
+takes the step; in the ring of 16 bits each unit's gradient is rounded by itself (secagg.md §4.1). With
+``noise="local"`` a site takes all of a round's noisy steps itself and answers with its weighted change of the adapter.
 """
 
 from __future__ import annotations
 
+import hashlib
+import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 from fedsecure.config import RunSettings
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec
-from fedsecure.learning.engines import clipped_sum
+from fedsecure.learning.engines import clipped_sum, clipped_units
 from fedsecure.learning.features import SiteFeatures
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import suggest, train_locally
@@ -23,6 +26,7 @@ from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import Privacy, PrivacyPlan
+from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
 
 # Local changes are real numbers of order learning rate; 2^-24 keeps rounding far below the noise they carry.
 DELTA_GRID = 2.0**-24
@@ -40,7 +44,8 @@ class AdapterDescent:
 
     def start(self, settings: RunSettings, cohort: Cohort) -> ServerState:
         spec = self.spec(settings)
-        self.plan(settings, cohort)
+        # A ring that is too narrow for the run is refused here, before anybody is asked.
+        self.segment(settings, cohort, self.plan(settings, cohort))
         return ServerState(step=0, tensors=spec.initial(seed=settings.name.encode()))
 
     def ask(self, settings: RunSettings, cohort: Cohort, state: ServerState) -> Ask | None:
@@ -51,9 +56,10 @@ class AdapterDescent:
             method=self.name,
             version=self.version,
             inputs=state.tensors,
-            segments=(self.segment(settings, cohort, plan),),
+            segments=(self.segment(settings, cohort, plan, step=state.step),),
             events=plan.round_events,
             trainers_only=True,
+            ring_bits=settings.privacy.ring_bits,
         )
 
     def absorb(self, settings: RunSettings, cohort: Cohort, state: ServerState, aggregate: Aggregate) -> ServerState:
@@ -80,7 +86,11 @@ class AdapterDescent:
         norm = settings.privacy.max_grad_norm
         if settings.privacy.noise == "distributed":
             drawn = units if settings.privacy.sampling_rate == 1 else units.select(release.sample(len(units)))
-            values = clipped_sum(task, inputs, drawn, max_grad_norm=norm, engine=release.engine, device=release.device)
+            how: Any = {"max_grad_norm": norm, "engine": release.engine, "device": release.device}
+            if settings.privacy.ring_bits == RING_BITS:
+                values = release.sum_units("gradient", clipped_units(task, inputs, drawn, **how))
+            else:
+                values = clipped_sum(task, inputs, drawn, **how)
             return Answer(values={"gradient": values}, units={"gradient": len(drawn)}), state
         declared = settings.declared_units()
         own = declared[release.site]
@@ -132,19 +142,35 @@ class AdapterDescent:
             temperature if chosen.temperature == "auto" else chosen.temperature,
         )
 
-    def segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan) -> Segment:
-        length = self.spec(settings).parameters
-        if settings.privacy.noise == "distributed":
-            return distributed_segment(
-                "gradient",
-                length,
-                clip_norm=settings.privacy.max_grad_norm,
-                noise_multiplier=plan.noise_multiplier,
-                honest=cohort.honest,
-                sites=cohort.sites,
-                units=max(settings.declared_units().values()),
-            )
+    def segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan, *, step: int = 0) -> Segment:
+        """The layout of one round's vector; only the rotation of the ring of 16 bits depends on ``step``.
+
+        Raises:
+            PrivacyError: FS-1206, FS-1211, FS-1214 the ring does not hold this run's sums and noise.
+        """
+        length, privacy = self.spec(settings).parameters, settings.privacy
+        if privacy.noise == "distributed":
+            units = max(settings.declared_units().values())
+            sizes: Any = {
+                "noise_multiplier": plan.noise_multiplier, "honest": cohort.honest, "sites": cohort.sites
+            }  # fmt: skip
+            if privacy.ring_bits == RING_BITS:
+                return ring16_segment(
+                    "gradient",
+                    length,
+                    clip_norm=privacy.max_grad_norm,
+                    units=aligned_units(length, units=units, rounding="record", **sizes),
+                    rotation_seed=_rotation_seed(settings, step),
+                    rounding="record",
+                    **sizes,
+                )
+            return distributed_segment("gradient", length, clip_norm=privacy.max_grad_norm, units=units, **sizes)
         return exact_segment("change", length, grid=DELTA_GRID, sites=cohort.sites)
+
+
+def _rotation_seed(settings: RunSettings, step: int) -> bytes:
+    """32 public bytes, others for each round; everybody computes them, so nobody chooses them."""
+    return hashlib.sha256(b"fedsecure/descent/rotation/v1\0" + settings.digest() + struct.pack(">Q", step)).digest()
 
 
 @lru_cache(maxsize=16)

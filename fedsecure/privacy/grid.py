@@ -31,7 +31,7 @@ _SUM_SLACK = 64
 _MAX_WRAP_LOG2 = -40.0
 # From here on a discrete Gaussian's δ(ε) is within 1 % of the continuous one's: the sums over the lattice and the
 # integrals differ by at most half a step times the tail's decay rate, about 4.3/σ at δ = 1e-5.
-_LEAST_STD = 256
+LEAST_STD = 256
 
 
 def distributed_segment(
@@ -61,7 +61,7 @@ def distributed_segment(
     check_numbers(name, clip_norm=clip_norm, noise_multiplier=noise_multiplier, honest=honest, sites=sites)
     clamp = (1 << 30) // sites
     coarsest = math.ceil(math.log2(32 * (math.sqrt(length) + _SUM_SLACK)))
-    fine_enough = math.ceil(math.log2(_LEAST_STD * math.sqrt(honest) / noise_multiplier))
+    fine_enough = math.ceil(math.log2(LEAST_STD * math.sqrt(honest) / noise_multiplier))
     coarsest = min(_FINEST, max(coarsest, fine_enough))
     finest = min(_FINEST, math.floor(math.log2(clamp / max(1, units))))
     for exponent in range(max(finest, coarsest), coarsest - 1, -1):
@@ -131,10 +131,10 @@ def check_segment(segment: Segment, sites: int, ring_bits: int = RING_BITS) -> N
         )  # fmt: skip
     if wrap_probability_log2(segment, sites, ring_bits) > _MAX_WRAP_LOG2:
         raise _wraps(segment, sites, ring_bits)
-    if 0 < segment.noise_variance < _LEAST_STD**2:
+    if 0 < segment.noise_variance < LEAST_STD**2:
         raise PrivacyError(
             "FS-1211", f"segment {segment.name!r} has noise of {segment.noise_std:.3g} grid steps a site",
-            expected=f"at least {_LEAST_STD} steps", cure="choose a finer grid or a larger noise multiplier",
+            expected=f"at least {LEAST_STD} steps", cure="choose a finer grid or a larger noise multiplier",
         )  # fmt: skip
 
 

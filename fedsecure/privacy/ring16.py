@@ -11,7 +11,9 @@ is a fact about integers, which no float error can break.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from fractions import Fraction
+from itertools import islice
 from typing import Literal
 
 import numpy as np
@@ -19,7 +21,7 @@ import numpy.typing as npt
 
 from fedsecure.errors import PrivacyError
 from fedsecure.messages import FloatArray, Segment
-from fedsecure.privacy.grid import check_finite, check_numbers, check_segment, from_grid
+from fedsecure.privacy.grid import LEAST_STD, check_finite, check_numbers, check_segment, from_grid
 from fedsecure.privacy.noise import PrivacyRng
 from fedsecure.privacy.rotation import rotation
 
@@ -31,6 +33,7 @@ _WRAP_LOG2 = -40.0
 _CLIP_SLACK = 1e-5
 _SUM_SLACK = 64
 _MOST_INFLATION = 2.0
+_LITTLE_INFLATION = 1.02
 _REDRAWS = 3
 _ROWS = 1 << 22  # coordinates rounded at a time
 
@@ -72,9 +75,8 @@ def ring16_segment(
     assert units >= 1
     check_numbers(name, clip_norm=clip_norm, noise_multiplier=noise_multiplier, honest=honest, sites=sites)
     room = 2 ** (RING_BITS - 1) - 1
-    deviations = math.sqrt(2 * (math.log(2 * length) - _WRAP_LOG2 * math.log(2)))
-    spread = min(1.0, math.sqrt(2 * math.log(2 * length) / length))
-    signal = sites * units * spread
+    deviations = _deviations(length)
+    signal = sites * units * _spread(length)
     total = noise_multiplier * math.sqrt(sites / honest)
     bound = math.floor(room / (deviations * total + signal))
     # Rounding K and σ² up takes a little of the room; give it back.
@@ -95,6 +97,44 @@ def ring16_segment(
     segment = Segment(name, length, clip_norm / norm, bound, clamp, variance, rotation_seed)
     check_segment(segment, sites, RING_BITS)
     return segment
+
+
+def aligned_units(
+    length: int, *, noise_multiplier: float, honest: int, sites: int, units: int, rounding: Rounding
+) -> int:
+    """How many aligned units of a site a segment can make room for while rounding stays cheap, at most ``units``.
+
+    Room for a signal is taken from the bound Δ. This is the largest number that leaves Δ within 2 % of the clip norm
+    in steps, and the noise as fine as it must be; 1 where none does. Units beyond it that all point one way are
+    clamped: accuracy, never privacy.
+
+    Args:
+        length, noise_multiplier, honest, sites, rounding: as for :func:`ring16_segment`.
+        units: the largest declared number of units at a site.
+    """
+    least = 1
+    while clip_room(least, length, rounding=rounding) * _LITTLE_INFLATION < least:
+        least *= 2
+    low = least // 2
+    while least - low > 1:
+        middle = (least + low) // 2
+        cheap = clip_room(middle, length, rounding=rounding) * _LITTLE_INFLATION >= middle
+        least, low = (middle, low) if cheap else (least, middle)
+    # A hundredth more than the least noise: the segment's bound is rounded down.
+    least = max(least, math.ceil(1.01 * LEAST_STD * math.sqrt(honest) / noise_multiplier))
+    noise = _deviations(length) * noise_multiplier * math.sqrt(sites / honest)
+    room = ((1 << RING_BITS - 1) - 1) / least - noise
+    return max(1, min(units, math.floor(room / (sites * _spread(length)))))
+
+
+def _deviations(length: int) -> float:
+    """κ: so many standard deviations are exceeded by none of d coordinates but with probability 2^-40."""
+    return math.sqrt(2 * (math.log(2 * length) - _WRAP_LOG2 * math.log(2)))
+
+
+def _spread(length: int) -> float:
+    """The largest coordinate, about, of a rotated vector of length 1."""
+    return min(1.0, math.sqrt(2 * math.log(2 * length) / length))
 
 
 def clip_room(bound: int, length: int, *, rounding: Rounding) -> float:
@@ -153,11 +193,12 @@ def round_records(steps: FloatArray, *, bound: int, rng: PrivacyRng) -> Integers
     return out
 
 
-def sum_records(records: FloatArray, segment: Segment, *, rng: PrivacyRng) -> FloatArray:
+def sum_records(records: Iterable[FloatArray], segment: Segment, *, rng: PrivacyRng) -> FloatArray:
     """The sum of records, rotated and rounded one by one, as real values that the door encodes without a change.
 
     Args:
-        records: float64, shape (records, d), each of norm at most the clip norm of the segment.
+        records: float64 vectors of shape (d,), each of norm at most the clip norm of the segment; taken in blocks, so
+            that they need not be in memory together.
         segment: made with ``rounding="record"``.
         rng: the privacy generator.
 
@@ -168,11 +209,12 @@ def sum_records(records: FloatArray, segment: Segment, *, rng: PrivacyRng) -> Fl
     Raises:
         PrivacyError: FS-1207 a value is not finite.
     """
-    assert records.ndim == 2 and records.shape[1] == segment.length
     total = np.zeros(segment.length, dtype=np.int64)
     count = max(1, _ROWS // segment.length)
-    for start in range(0, len(records), count):
-        rows = records[start : start + count]
+    waiting = iter(records)
+    while block := list(islice(waiting, count)):
+        rows = np.stack(block)
+        assert rows.shape == (len(block), segment.length)
         if segment.rotation_seed is not None:
             rows = rotation(segment.rotation_seed, segment.length).forward(rows)
         total += round_records(rows / segment.grid, bound=segment.bound, rng=rng).sum(axis=0)

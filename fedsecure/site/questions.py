@@ -48,8 +48,8 @@ def accept(asked: pb.Ask, member: Membership) -> Question:
         ) from e
     settings = member.settings
     ask = question(settings, query.round, start=member.start)
-    called_for = None if ask is None else (ask.method, ask.version, ask.segments, ask.events, set(ask.inputs))
-    found = (query.method, query.version, query.segments, query.events, set(query.inputs))
+    called_for = ask and (ask.method, ask.version, ask.segments, ask.ring_bits, ask.events, set(ask.inputs))
+    found = (query.method, query.version, query.segments, query.ring_bits, query.events, set(query.inputs))
     sized = all(len(digest) == 32 for digest in query.inputs.values())
     if ask is None or found != called_for or not sized or query.attempt >= settings.rounds.max_attempts:
         raise ProtocolError(

@@ -25,9 +25,10 @@ from fedsecure.errors import BudgetExceeded, DataError, FedsecureError, PrivacyE
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Answer, Event, Query, Segment, SiteState
 from fedsecure.methods.base import Release
-from fedsecure.privacy.grid import distributed_segment
+from fedsecure.privacy.grid import distributed_segment, round_to_grid
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.privacy.noise import SeededRng
+from fedsecure.privacy.ring16 import ring16_segment
 from fedsecure.release import Door, Source
 from fedsecure.secagg.client import MaskedInput
 
@@ -339,3 +340,100 @@ def test_a_site_without_such_units_adds_neither_noise_nor_charge(bench: Any) -> 
     assert not contribution.vector.any()
     assert not site.ledger.history()
     assert Fraction(site.query().segments[0].noise_variance) > 0
+
+
+# --- the ring of 16 bits: every unit rounded by itself, by the door ---
+
+
+def narrow(site: Bench) -> Query:
+    """The bench's question in the ring of 16 bits; units move the sum by C each."""
+    segment = ring16_segment(
+        "v",
+        LENGTH,
+        clip_norm=CLIP,
+        noise_multiplier=Z,
+        honest=2,
+        sites=3,
+        units=1,
+        rotation_seed=bytes(32),
+        rounding="record",
+    )
+    return replace(site.query(), segments=(segment,), ring_bits=16)
+
+
+ROWS = [row * CLIP for row in np.eye(UNITS, LENGTH)]
+
+
+def summed(release: Release, vectors: Any = ROWS) -> Any:
+    release.units("train")
+    return release.sum_units("v", iter(vectors))
+
+
+def test_units_rounded_by_the_door_leave_in_two_bytes_a_coordinate(bench: Any) -> None:
+    site = bench()
+    site.ask(lambda release: Answer({"v": summed(release)}, {"v": UNITS}), narrow(site))
+    assert [len(payload) for payload in site.sent] == [2 * LENGTH]
+
+
+def test_a_unit_longer_than_its_clip_norm_moves_the_sum_by_no_more_than_the_bound(bench: Any) -> None:
+    site = bench()
+    query = narrow(site)
+    found: list[Any] = []
+
+    def half(release: Release) -> Answer:
+        found.append(summed(release, [np.full(LENGTH, 1e6)]))
+        return Answer({"v": found[0]}, {"v": 1})
+
+    site.ask(half, query)
+    steps = round_to_grid(found[0], replace(query.segments[0], clamp=1 << 40))
+    assert 0 < int(steps @ steps) <= query.segments[0].bound ** 2
+
+
+PLAIN: dict[str, Half] = {
+    "a plain sum": lambda release: sum(ROWS[:1], np.zeros(LENGTH)),
+    "a copy": lambda release: summed(release).copy(),
+    "a multiple": lambda release: 0.5 * summed(release),
+    "a part of it": lambda release: np.where(np.arange(LENGTH) < 2, summed(release), 0.0),
+}
+
+
+@pytest.mark.parametrize("case", PLAIN)
+def test_what_was_not_rounded_unit_by_unit_does_not_leave(bench: Any, case: str) -> None:
+    site = bench()
+
+    def half(release: Release) -> Answer:
+        release.units("train")
+        return Answer({"v": PLAIN[case](release)}, {"v": UNITS})
+
+    with pytest.raises(PrivacyError, match="FS-1217"):
+        site.ask(half, narrow(site))
+    assert not site.sent
+
+
+def test_the_sum_of_rounded_units_cannot_be_changed_in_place(bench: Any) -> None:
+    site = bench()
+
+    def half(release: Release) -> Answer:
+        total = summed(release)
+        total[0] = 1.0
+        return Answer({"v": total}, {"v": UNITS})
+
+    with pytest.raises(RunError, match="FS-1719"):
+        site.ask(half, narrow(site))
+    assert not site.sent
+
+
+@pytest.mark.parametrize("case", ["twice", "another segment", "the wide ring"])
+def test_units_are_rounded_for_a_narrow_segment_once(bench: Any, case: str) -> None:
+    site = bench()
+
+    def half(release: Release) -> Answer:
+        release.units("train")
+        total = release.sum_units("w" if case == "another segment" else "v", iter(ROWS))
+        if case == "twice":
+            total = release.sum_units("v", iter(ROWS))
+        return Answer({"v": total}, {"v": UNITS})
+
+    with pytest.raises(PrivacyError, match="FS-1215"):
+        site.ask(half, site.query() if case == "the wide ring" else narrow(site))
+    assert not site.sent
