@@ -61,9 +61,11 @@ def _root(
 
 @app.command()
 def demo(
-    adapter: Annotated[str, typer.Option(help="linear or facmic.")] = "linear",
+    adapter: Annotated[str, typer.Option(help="linear, facmic, prototypes or ridge.")] = "linear",
     sites: Annotated[int, typer.Option(help="Training sites, at least 3, where the data does not say.")] = 3,
-    rounds: Annotated[int | None, typer.Option(help="Training rounds; 20, or 60 for facmic, by default.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(help="Training rounds; 20 by default, 60 for facmic, 1 for prototypes and ridge.")
+    ] = None,
     local_steps: Annotated[int, typer.Option(help="Steps a site takes a round, with --noise local.")] = 1,
     noise: Annotated[Literal["distributed", "local"], typer.Option(help="Where the noise is added.")] = "distributed",
     epsilon: Annotated[float, typer.Option(help="Privacy budget ε of the whole run, per site.")] = 8.0,
@@ -194,6 +196,44 @@ def simulate(
         print_json(without_infinity(result))
     else:
         show_simulation(result)
+
+
+@app.command()
+def plan(
+    config: Annotated[
+        Path | None, typer.Argument(help="settings.toml or federation.toml; or else the numbers below.")
+    ] = None,
+    sites: Annotated[int | None, typer.Option(help="Training sites, at least 3.")] = None,
+    units: Annotated[int | None, typer.Option(help="Patients (or records) of each site.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
+    dimension: Annotated[int | None, typer.Option(help="Feature width of the encoder; 512 by default.")] = None,
+    epsilon: Annotated[float | None, typer.Option(help="Privacy budget ε; 8 by default, or the file's.")] = None,
+    delta: Annotated[float, typer.Option(help="δ of the guarantee, with numbers.")] = 1e-5,
+    colluders: Annotated[int | None, typer.Option(help="Colluding sites the sum withstands, with numbers.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Recommend method, module and place of the noise from public numbers. No data is read."""
+    from fedsecure.cli.display import print_json, show_recommendation
+    from fedsecure.methods.recommend import Numbers, recommend
+
+    if config is None:
+        numbers = Numbers.given(
+            sites=sites,
+            units=units,
+            classes=classes,
+            dimension=dimension,
+            epsilon=epsilon,
+            delta=delta,
+            colluders=colluders,
+        )
+    else:
+        Numbers.check_alone(config, sites=sites, units=units, classes=classes, colluders=colluders)
+        numbers = Numbers.read(config, dimension=dimension, epsilon=epsilon)
+    found = recommend(numbers)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        show_recommendation(found)
 
 
 @app.command()

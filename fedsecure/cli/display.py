@@ -18,6 +18,7 @@ from rich.text import Text
 from fedsecure.errors import FedsecureError
 
 if TYPE_CHECKING:
+    from fedsecure.methods.recommend import Recommendation
     from fedsecure.privacy.audit import AuditResult
     from fedsecure.privacy.plan import PrivacyPlan
     from fedsecure.simulation.demo import DemoResult
@@ -96,6 +97,33 @@ def _size(count: float) -> str:
 
 def _epsilon(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def show_recommendation(found: Recommendation) -> None:
+    """Every candidate, the one to take marked, the reason and the lines for the settings."""
+    numbers = found.numbers
+    total = sum(numbers.units.values())
+    title = f"{len(numbers.units)} sites, {total:,} units, {numbers.classes} classes, d = {numbers.dimension}, "
+    title += f"ε = {numbers.privacy.target_epsilon:g} at δ = {numbers.privacy.delta:g}"
+    _say(title, style="bold")
+    _say("")
+    header = ("", "method", "noise", "rounds", "parameters", "multiplier", "μ", "class signal", "S/N", "verdict")
+    _lines(
+        header,
+        [
+            (
+                "→" if candidate is found.best else "",
+                candidate.method, candidate.noise, str(candidate.rounds), f"{candidate.parameters:,}",
+                f"{candidate.noise_multiplier:.3g}", f"{candidate.mu:.3g}", f"{candidate.class_signal:.3g}",
+                f"{candidate.signal_to_noise:.3g}", candidate.verdict,
+            )
+            for candidate in found.candidates
+        ],
+    )  # fmt: skip
+    _say("")
+    _say(f"Take {found.best.method} with {found.best.noise} noise: {found.reason}")
+    _say("")
+    _say(found.toml())
 
 
 def show_demo(result: DemoResult) -> None:
@@ -212,35 +240,66 @@ def show_evaluation(result: Mapping[str, Any]) -> None:
 
 
 def show_budget(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
+    """A line for each data set and population."""
     if not rows:
         _say("nothing has been charged")
         return
-    table = _table(None, "data set", "used for", f"ε at δ = {delta:g}", "releases")
+    table = _table(
+        f"Privacy budgets at δ = {delta:g}", "data set", "used for", "spent ε", "limit", "left ε", "releases", "left"
+    )
+    table.columns[0].min_width = 12
     for row in rows:
-        table.add_row(Text(row["dataset"]), row["population"], _epsilon(row["epsilon"]), str(row["releases"]))
+        limit = "–"
+        if row["limit_epsilon"] is not None:
+            limit = f"{row['limit_epsilon']:g}" + (f" at {row['limit_delta']:g}" if row["limit_delta"] != delta else "")
+        left = row["releases_left"]
+        table.add_row(
+            Text(row["dataset"]),
+            row["population"],
+            _epsilon(row["epsilon"]),
+            limit,
+            _epsilon(row["remaining"]),
+            str(row["releases"]),
+            "–" if left is None else str(left),
+            style="red" if left == 0 else None,
+        )
     out.print(table)
+    _say("releases left: how many more like the last one fit the limit", style="dim")
+    if any(row["limit_epsilon"] is None for row in rows):
+        _say("no limit in the ledger: the policy in site.toml decides (--max-epsilon reckons with it)", style="dim")
 
 
-def show_history(rows: Sequence[Mapping[str, Any]]) -> None:
-    """One line a charge, oldest first."""
-    if not rows:
+def show_history(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
+    """One line a charge or limit, oldest first; the end of a charge stands in its line."""
+    shown = [row for row in rows if row["state"] in ("RESERVED", "LIMIT")]
+    if not shown:
         _say("nothing has been charged")
         return
+    ends = {row["reservation"]: row["reason"] for row in rows if row["state"] == "VOID"}
     _lines(
-        ("when (UTC)", "run", "round", "attempt", "state", "used for", "data set"),
+        ("when (UTC)", "run", "round", "attempt", "state", "used for", f"   ε at {delta:g}", "data set", "remark"),
         [
             (
                 row["utc"][:19].replace("T", " "),
-                row["run"][:8],
-                f"{row['round']:5}",
-                f"{row['attempt']:7}",
-                row["state"].lower(),
+                row["run"][:8] or "–",
+                f"{row['round']:5}" if row["run"] else "    –",
+                f"{row['attempt']:7}" if row["run"] else "      –",
+                row["final"].lower(),
                 row["population"],
+                f"{_epsilon(row['epsilon']):>10}",
                 row["dataset"],
+                _remark(row, ends.get(row["reservation"], "")),
             )
-            for row in rows
+            for row in shown
         ],
     )
+
+
+def _remark(row: Mapping[str, Any], why_void: str) -> str:
+    said = [why_void or row["reason"], row["note"]]
+    if row["limit_epsilon"] is not None:
+        said.insert(0, f"at most ε = {row['limit_epsilon']:g} at δ = {row['limit_delta']:g}")
+    return "; ".join(text for text in said if text)
 
 
 def show_audit(result: AuditResult) -> None:

@@ -5,32 +5,42 @@ Each function opens the file itself, so that the chain and the copy of its head 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fedsecure.messages import Population
+from fedsecure.messages import Event, Population
 from fedsecure.privacy import accounting
-from fedsecure.privacy.ledger import POPULATIONS, Ledger
+from fedsecure.privacy.ledger import MARGIN, POPULATIONS, Ledger
 from fedsecure.privacy.ledger_file import Limit
 from fedsecure.privacy.ledger_head import parse_head
 
+_MOST_LEFT = 1 << 20
 
-def show(ledger: Path | str, *, delta: float = 1e-5) -> list[dict[str, Any]]:
-    """Spent and allowed ε of each data set and population.
+
+def show(ledger: Path | str, *, delta: float = 1e-5, max_epsilon: float | None = None) -> list[dict[str, Any]]:
+    """Spent and allowed ε of each data set and population, and for how many releases the rest will do.
 
     Args:
         ledger: the site's ledger file; never created.
         delta: δ of ``epsilon``; a limit is told, and what remains of it computed, at its own δ.
+        max_epsilon: a limit at ``delta`` for what has none in the ledger, such as the site's policy.
 
     Returns:
         Rows of ``dataset``, ``population``, ``epsilon`` (of the unit that has paid most, under any name),
-        ``releases`` charged under this name, ``limit_epsilon``, ``limit_delta`` and ``remaining``, the last three
-        ``None`` where no limit was set; a site's policy may be stricter.
+        ``releases`` charged under this name, ``limit_epsilon``, ``limit_delta``, ``remaining`` and ``releases_left``:
+        how many more releases like the last one fit the limit. The last four are ``None`` where there is no limit; a
+        site's policy may be stricter.
 
     Raises:
         LedgerError: FS-1261 there is no file; others as for :class:`Ledger`.
-        PrivacyError: FS-1202 δ is out of range.
+        PrivacyError: FS-1202 δ or ``max_epsilon`` is out of range.
     """
+    assumed = None
+    if max_epsilon is not None:
+        accounting.mu_for_epsilon(max_epsilon, delta)
+        assumed = Limit(max_epsilon, delta)
     rows: list[dict[str, Any]] = []
     with Ledger.open_existing(ledger) as opened:
         limits = opened.limits()
@@ -39,12 +49,11 @@ def show(ledger: Path | str, *, delta: float = 1e-5) -> list[dict[str, Any]]:
             for population in POPULATIONS:
                 mine = [e for e in history if (e.dataset, e.population) == (dataset, population)]
                 paid = [e for e in mine if e.state == "RESERVED" and e.final != "VOID"]
-                limit = limits.get((dataset, population))
+                limit = limits.get((dataset, population), assumed if paid else None)
                 if not paid and limit is None:
                     continue
-                left = None
-                if limit is not None:
-                    left = max(0.0, limit.epsilon - opened.epsilon(dataset, population, limit.delta))
+                spent = opened.spent(dataset, population, delta=delta if limit is None else limit.delta)
+                last = paid[-1].events if paid else ()
                 rows.append(
                     {
                         "dataset": dataset,
@@ -53,10 +62,31 @@ def show(ledger: Path | str, *, delta: float = 1e-5) -> list[dict[str, Any]]:
                         "releases": len(paid),
                         "limit_epsilon": limit.epsilon if limit else None,
                         "limit_delta": limit.delta if limit else None,
-                        "remaining": left,
+                        "remaining": max(0.0, limit.epsilon - accounting.epsilon(spent, delta=limit.delta))
+                        if limit
+                        else None,
+                        "releases_left": _releases_left(spent, last, limit) if limit and last else None,
                     }
                 )
     return rows
+
+
+def _releases_left(spent: Sequence[Event], release: Sequence[Event], limit: Limit) -> int:
+    """How many more releases of some events keep within a limit; at most a million."""
+
+    def fits(count: int) -> bool:
+        further = [replace(event, steps=event.steps * count) for event in release] if count else []
+        return accounting.epsilon([*spent, *further], delta=limit.delta) <= limit.epsilon * MARGIN
+
+    if not fits(1):
+        return 0
+    low, high = 1, 2
+    while high < _MOST_LEFT and fits(high):
+        low, high = high, 2 * high
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle)
+    return low
 
 
 def set_limit(

@@ -36,7 +36,7 @@ from fedsecure.privacy.unit_sets import Account, Charge, Overlaps, UnitSet, acco
 
 POPULATIONS: tuple[Population, ...] = ("train", "evaluation")
 # The accountant's own rounding.
-_MARGIN = 1 + 1e-9
+MARGIN = 1 + 1e-9
 
 __all__ = ["Entry", "Ledger", "Limit", "Reservation", "State"]
 
@@ -277,20 +277,6 @@ class Ledger(LedgerStore):
             if dataset in (None, row["dataset_name"]) and population in (None, row["population"])
         )
 
-    def summary(self, *, delta: float) -> list[dict[str, Any]]:
-        """One row per data set and population: ``dataset``, ``population``, ``epsilon`` at δ, count of ``releases``."""
-        rows = []
-        history = self.history()
-        for dataset in self.datasets():
-            for population in POPULATIONS:
-                paid = [e for e in history if (e.dataset, e.population) == (dataset, population)]
-                count = sum(entry.state == "RESERVED" and entry.final != "VOID" for entry in paid)
-                if count:
-                    epsilon = self.epsilon(dataset, population, delta)
-                    row = {"dataset": dataset, "population": population, "epsilon": epsilon, "releases": count}
-                    rows.append(row)
-        return rows
-
     def datasets(self) -> tuple[str, ...]:
         """Names of all data sets that were ever charged or given a limit."""
         with self._lock, self._errors():
@@ -324,7 +310,7 @@ class Ledger(LedgerStore):
             for name, limit in [("", policy), *named]:
                 before = accounting.epsilon(account.events, delta=limit.delta)
                 after = accounting.epsilon((*account.events, *events), delta=limit.delta)
-                if after > limit.epsilon * _MARGIN:
+                if after > limit.epsilon * MARGIN:
                     source = f" (`fedsecure budget set` for {name!r})" if name else " (the site's policy)"
                     raise BudgetExceeded(
                         "FS-1201",

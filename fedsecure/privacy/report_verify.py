@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from fedsecure.errors import FedsecureError, PrivacyError
@@ -33,6 +34,7 @@ _AUDIT: dict[str, type] = {
     "membership": list,
 }  # fmt: skip
 _MOST_FINDINGS = 50
+_MOST_AUDIT = 1 << 24
 _KINDS = ("site", "network")
 
 
@@ -80,6 +82,13 @@ def _other_format(where: object, found: object, expected: str) -> PrivacyError:
     )  # fmt: skip
 
 
+def _no_audit(found: str) -> PrivacyError:
+    return PrivacyError(
+        "FS-1269", found, expected="what `fedsecure audit --json` printed, whole",
+        cure="run `fedsecure audit --json > audit.json` and attach that file",
+    )  # fmt: skip
+
+
 def no_report(where: object, why: str) -> PrivacyError:
     return PrivacyError(
         "FS-1232", f"{where} is not a privacy report ({why})", expected="report.json or privacy-report.json of a run",
@@ -114,6 +123,19 @@ def sign_report(report: Mapping[str, Any], sign: Callable[[bytes], bytes], *, si
     return plain | {"signature": signature}
 
 
+def load_audit(path: Path | str) -> Any:
+    """Read what ``fedsecure audit --json`` printed.
+
+    Raises:
+        PrivacyError: FS-1269 the file cannot be read, or is no JSON.
+    """
+    try:
+        with Path(path).open("rb") as file:
+            return json.loads(file.read(_MOST_AUDIT))
+    except (OSError, ValueError, RecursionError) as error:
+        raise _no_audit(f"{path} cannot be read ({error})") from error
+
+
 def attach_audit(report: Mapping[str, Any], audit: Any) -> dict[str, Any]:
     """The report with an audit in place of what it had, and without a signature, which covered something else.
 
@@ -125,10 +147,7 @@ def attach_audit(report: Mapping[str, Any], audit: Any) -> dict[str, Any]:
         PrivacyError: FS-1269 it is no audit; FS-1233 the report is of a format that has no room for one.
     """
     if not isinstance(audit, Mapping) or {name: type(audit.get(name)) for name in _AUDIT} != _AUDIT:
-        raise PrivacyError(
-            "FS-1269", "what was to be attached is no audit", expected="what `fedsecure audit --json` printed, whole",
-            cure="run `fedsecure audit --json > audit.json` and attach that file",
-        )  # fmt: skip
+        raise _no_audit("what was to be attached is no audit")
     if report["schema_version"] != SCHEMA_VERSION:
         raise _other_format("the report", report["schema_version"], str(SCHEMA_VERSION))
     bare = {key: value for key, value in report.items() if key != "signature"}

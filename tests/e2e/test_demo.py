@@ -102,9 +102,10 @@ def test_the_demo_and_the_use_of_its_result(tmp_path: Path, command: Command) ->
     (row,) = json.loads(command("budget", "show", "--ledger", ledger, "--json").out)["datasets"]
     assert row["epsilon"] == pytest.approx(result["epsilon"]["site_a"])
     assert f"{row['epsilon']:.3f}" in command("budget", "show", "--ledger", ledger).out
-    charges = json.loads(command("budget", "history", "--ledger", ledger, "--json").out)["charges"]
+    entries = json.loads(command("budget", "history", "--ledger", ledger, "--json").out)["entries"]
+    charges = [entry for entry in entries if entry["state"] == "RESERVED"]
     assert [c["round"] for c in charges] == list(range(1, result["rounds"] + 1))
-    assert {c["state"] for c in charges} == {"COMMITTED"}
+    assert {c["final"] for c in charges} == {"COMMITTED"}
 
     html = command("report", out / "report.json", "--html", tmp_path / "page.html")
     assert html.out.strip() == str(tmp_path / "page.html")

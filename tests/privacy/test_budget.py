@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ledger_world import DELTA, PAYLOAD, copy_to, event, reserve
 
-from fedsecure.errors import BudgetExceeded, LedgerError
+from fedsecure.errors import BudgetExceeded, LedgerError, PrivacyError
 from fedsecure.privacy import accounting, budget
 from fedsecure.privacy.ledger import Ledger
 
@@ -40,6 +40,31 @@ def test_show_is_the_worst_unit_s_spend_and_what_its_limit_leaves(path: Path) ->
     row = budget.show(path, delta=1e-6)[0]
     assert (row["limit_epsilon"], row["limit_delta"], row["remaining"]) == (0.5, 1e-5, 0.0)
     assert row["epsilon"] > spent
+
+
+def test_releases_left_is_how_many_more_the_ledger_accepts(path: Path) -> None:
+    assert budget.show(path)[0]["releases_left"] is None
+    row = budget.set_limit(path, "xrays", epsilon=1.9, reason="agreed")
+    left = row["releases_left"]
+    assert left > 1
+    with Ledger(path) as ledger:
+        units = ledger.hash_units(["patient/1", "patient/2"])
+        for number in range(3, 3 + left):
+            reserve(ledger, number, units=units)
+        with pytest.raises(BudgetExceeded):
+            reserve(ledger, 3 + left, units=units)
+    used_up = budget.show(path)[0]
+    assert used_up["releases_left"] == 0
+    assert 0 < used_up["remaining"] < row["remaining"]
+
+
+def test_a_policy_s_limit_can_be_reckoned_with(path: Path) -> None:
+    budget.set_limit(path, "scans", epsilon=1.5, reason="agreed")
+    xrays, scans = budget.show(path, max_epsilon=3.0)
+    assert (xrays["limit_epsilon"], xrays["limit_delta"], scans["limit_epsilon"]) == (3.0, 1e-5, 1.5)
+    assert xrays["releases_left"] > scans["releases_left"]
+    with pytest.raises(PrivacyError, match="FS-1202"):
+        budget.show(path, max_epsilon=0.0)
 
 
 def test_a_limit_in_the_ledger_stops_a_charge_that_the_policy_allows(path: Path) -> None:

@@ -232,9 +232,8 @@ def test_summary_and_opening_what_is_not_there(path: Path) -> None:
         ledger.void(reserve(ledger, 3, dataset="scans"), "nothing left")
     with Ledger.open_existing(path) as ledger:
         epsilon = accounting.epsilon([event()] * 2, delta=DELTA)
-        assert ledger.summary(delta=DELTA) == [
-            {"dataset": "xrays", "population": "train", "epsilon": epsilon, "releases": 2}
-        ]
+        assert ledger.epsilon("xrays", "train", DELTA) == epsilon
+        assert ledger.epsilon("scans", "train", DELTA) == 0.0
 
 
 def test_a_clock_that_went_back_is_noted_and_stops_nothing(

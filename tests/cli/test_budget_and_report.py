@@ -1,0 +1,84 @@
+"""What an officer sees and does at the command line: budgets, their history, and an audit put into a report."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+from cli.conftest import Command
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
+from fedsecure.identity import keys
+from fedsecure.messages import Event
+from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.report_verify import PURPOSE, signed_body
+
+DIGEST = hashlib.sha256(b"question").digest()
+
+
+@pytest.fixture
+def ledger(tmp_path: Path) -> Path:
+    path = tmp_path / "ledger.db"
+    with Ledger(path) as opened:
+        for number in range(3):
+            made = opened.reserve(
+                dataset="chest x-rays 2026", population="train", events=(Event("train", "training", 5.0, 2.5),),
+                run="ab" * 16, round=number, attempt=0, query_digest=DIGEST, limit_epsilon=8.0, delta=1e-5,
+            )  # fmt: skip
+        opened.void(made, "the line was down")
+    return path
+
+
+def test_show_says_what_is_left(command: Command, ledger: Path) -> None:
+    (row,) = json.loads(command("budget", "show", "--ledger", ledger, "--json").out)["datasets"]
+    assert (row["releases"], row["remaining"], row["releases_left"]) == (2, None, None)
+    assert "no limit in the ledger" in command("budget", "show", "--ledger", ledger).out
+    agreed = ("--epsilon", "1.5", "--reason", "agreed with the board")
+    assert command("budget", "set", "chest x-rays 2026", "--ledger", ledger, *agreed).status == 0
+    (row,) = json.loads(command("budget", "show", "--ledger", ledger, "--json").out)["datasets"]
+    assert (row["limit_epsilon"], row["releases_left"]) == (1.5, 1)
+    table = command("budget", "show", "--ledger", ledger).out
+    assert "chest x-rays" in table
+    assert f"{row['remaining']:.3f}" in table
+    assert command("budget", "show", "--ledger", ledger, "--delta", "1.5").error() == "FS-1202"
+    assert command("budget", "show", "--ledger", ledger, "--max-epsilon", "-1").error() == "FS-1202"
+
+
+def test_history_has_a_line_for_each_charge_and_limit(command: Command, ledger: Path) -> None:
+    agreed = ("--epsilon", "1.5", "--reason", "agreed with the board")
+    command("budget", "set", "chest x-rays 2026", "--ledger", ledger, *agreed)
+    lines = command("budget", "history", "--ledger", ledger).out.splitlines()
+    assert len(lines) == 1 + 4
+    assert "the line was down" in lines[3]
+    assert "at most ε = 1.5 at δ = 1e-05; agreed with the board" in lines[4]
+    entries = json.loads(command("budget", "history", "--ledger", ledger, "--json").out)["entries"]
+    assert [entry["state"] for entry in entries] == ["RESERVED", "RESERVED", "RESERVED", "VOID", "LIMIT"]
+    other = command("budget", "history", "--ledger", ledger, "--dataset", "nothing")
+    assert other.out.strip() == "nothing has been charged"
+
+
+def test_an_audit_is_attached_and_signed_anew(command: Command, tmp_path: Path) -> None:
+    report, audit, key = tmp_path / "report.json", tmp_path / "audit.json", tmp_path / "identity.key"
+    private = Ed25519PrivateKey.generate()
+    keys.save_private_key(key, private)
+    bare = {"schema": "fedsecure/privacy-report", "schema_version": 2, "kind": "site", "site": "north", "audit": None}
+    report.write_text(json.dumps(bare))
+    found = {
+        "date": "2026-11-21", "passed": True, "epsilon": 2.0, "delta": 1e-5, "facts": {}, "checks": [], "bounds": [],
+        "membership": [],
+    }  # fmt: skip
+    attach = ("report", "attach", report, "--audit", audit)
+    assert command(*attach).error() == "FS-1269"
+    audit.write_text("{}")
+    assert command(*attach).error() == "FS-1269"
+    audit.write_text(json.dumps(found))
+    assert "without a signature" in command(*attach).out
+    assert json.loads(report.read_text())["audit"] == found
+    assert "signed anew" in command(*attach, "--identity", key).out
+    signed = json.loads(report.read_text())
+    value = bytes.fromhex(signed["signature"]["value"])
+    assert keys.verify(keys.public_bytes(private), PURPOSE, signed_body(signed), value)
+    report.write_text(json.dumps(bare | {"kind": "network"}))
+    assert command(*attach, "--identity", key).status == 2
