@@ -19,7 +19,7 @@ from fedsecure.secagg import transcript
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
 from fedsecure.secagg.party import broken
-from fedsecure.secagg.record import SEAL, Kind, Record, parse_roster, read_records, set_up_name, unreadable
+from fedsecure.secagg.record import EVERYONE, SEAL, Kind, Record, parse_roster, read_records, set_up_name, unreadable
 from fedsecure.secagg.verdict import AGGREGATOR, Verdict
 from fedsecure.secagg.verify_round import RoundCheck
 from fedsecure.secagg.verify_setup import SetUpCheck, Witness
@@ -154,7 +154,7 @@ class _Check:
 
     def _take(self, record: Record, before: bytes) -> None:
         kind, site = record.kind, record.site
-        if kind is Kind.SEAL:
+        if kind is Kind.SEAL and site == EVERYONE:
             self.verdict.count("signatures")
             sealed = identity_keys.verify(
                 self.witness.aggregator_key, transcript.PURPOSE + SEAL, self.witness.ctx + before, record.data
@@ -164,7 +164,7 @@ class _Check:
             raise unreadable(f"a record of kind {kind.name} for site number {site}")
         elif kind is Kind.BROADCAST:
             self.verdict.guard(lambda: self._take_broadcast(record), AGGREGATOR)
-        elif not site:
+        elif site == EVERYONE:
             raise unreadable("a message from no site")
         elif kind is Kind.PAYLOAD and isinstance(self.descriptor, RoundDescriptor):
             self._online().take_payload(site, record.data)

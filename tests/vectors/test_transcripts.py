@@ -146,6 +146,16 @@ def test_a_bit_flipped_after_the_seal_is_noticed(tmp_path: Path) -> None:
         assert not verdict.ok, position
 
 
+@pytest.mark.parametrize("position", range(-64 - 13, -64))
+def test_the_head_of_the_seal_counts_too(position: int, tmp_path: Path) -> None:
+    """Kind, site and size of the last record, which no signature covers."""
+    raw = bytearray(GOLDEN.read_bytes())
+    raw[position] ^= 1
+    (tmp_path / "t").write_bytes(raw)
+    with pytest.raises(ProtocolError, match="FS-1380"):
+        verify_transcript(tmp_path / "t")
+
+
 @pytest.mark.parametrize("cut", [0, 1, len(MAGIC), 30, 500, 15_000, -1, -64, -77])
 def test_truncated_files(cut: int, tmp_path: Path) -> None:
     (tmp_path / "t").write_bytes(GOLDEN.read_bytes()[:cut])
@@ -294,6 +304,8 @@ def test_whatever_a_hostile_recorder_seals_gives_a_verdict(data: st.DataObject, 
         verdict = verify_transcript(path)
     except FedsecureError:
         return
+    # All sites were honest: no finding is without the one who was not.
+    assert all("aggregator" in finding.authors for finding in verdict.findings), verdict.lines()
     renumbered_to_itself = how == "renumber" and verdict.ok
     dropped_vector = how == "drop" and not verdict.sum_checked
     assert not verdict.ok or renumbered_to_itself or dropped_vector
