@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, settings
+from fuzz_world import BENDS, QUIET, Ledger, bend
+from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from secagg_world import Run, client_message, federation, make_descriptor, make_query, make_vectors, server_message
+from secagg_world import Run, client_message, federation, make_descriptor, make_query, make_vectors
 
 from fedsecure.errors import FedsecureError, ProtocolError, RoundAborted
 from fedsecure.secagg import client as client_module
@@ -30,32 +31,6 @@ from fedsecure.wire import secagg_pb2 as pb
 
 N, COLLUDER = 4, 4  # the last site's identity key is the attacker's too: c = 1
 STEPS = ("shares", "receive_shares", "sign_survivors", "unmask", "finished")
-BENDS = ("none", "none", "none", "truncate", "flip", "extend", "repeat", "swap ids", "empty", "oversize")
-
-
-class Ledger:
-    """What the sites of one context have given away, kept by whoever listens."""
-
-    def __init__(self) -> None:
-        self.signed: dict[str, set[bytes]] = {}
-        self.released: dict[str, list[pb.Unmask]] = {}
-
-    def note(self, site: str, raw: bytes) -> None:
-        message = client_message(raw)
-        if message.HasField("survivor_signature"):
-            self.signed.setdefault(site, set()).add(message.survivor_signature.signature)
-        elif message.HasField("unmask"):
-            self.released.setdefault(site, []).append(message.unmask)
-
-    def check(self) -> None:
-        assert all(len(signatures) == 1 for signatures in self.signed.values()), "a second survivor signature"
-        assert all(len(messages) == 1 for messages in self.released.values()), "a second release of shares"
-        seeds, mask_keys = set(), set()
-        for messages in self.released.values():
-            for message in messages:
-                seeds |= {share.owner for share in message.seed_shares}
-                mask_keys |= {share.owner for share in message.mask_key_shares}
-        assert not seeds & mask_keys, f"both kinds of share of {seeds & mask_keys}"
 
 
 class CountingSpool(MemorySpool):
@@ -81,49 +56,6 @@ def archives() -> tuple[tuple[tuple[bytes, ...], tuple[tuple[str, bytes], ...]],
         up += [(site, header) for site, (header, _) in run.uploads.items()]
         out.append(((*dict.fromkeys(down), result.result_message), tuple(up)))
     return tuple(out)
-
-
-def bend(raw: bytes, how: str, data: st.DataObject) -> bytes:
-    if how == "truncate" and raw:
-        return raw[: data.draw(st.integers(0, len(raw) - 1))]
-    if how == "flip" and raw:
-        bit = data.draw(st.integers(0, 8 * len(raw) - 1))
-        return raw[: bit // 8] + bytes([raw[bit // 8] ^ 1 << bit % 8]) + raw[bit // 8 + 1 :]
-    if how == "extend":
-        return raw + data.draw(st.binary(min_size=1, max_size=40))
-    if how == "repeat":
-        return raw + raw  # protobuf merges: lists get twice as long, fields are overwritten
-    if how == "empty":
-        return b""
-    if how == "oversize":
-        return raw + bytes(transcript.size_limit(N))
-    return swap_ids(raw, data) if how == "swap ids" else raw
-
-
-def swap_ids(raw: bytes, data: st.DataObject) -> bytes:
-    """i ↔ j in every field that names a site, in a message to a site."""
-    i, j = data.draw(st.permutations(range(1, N + 1)))[:2]
-    other = {i: j, j: i}
-    try:
-        message = server_message(raw)
-    except Exception:
-        return raw
-    for ad in message.advertisements.advertisements:
-        ad.index = other.get(ad.index, ad.index)
-    for header in message.routed_shares.headers:
-        header.index = other.get(header.index, header.index)
-    for share in message.routed_shares.shares:
-        share.sender, share.recipient = (
-            other.get(share.sender, share.sender),
-            other.get(share.recipient, share.recipient),
-        )
-    for item in message.survivor_signatures.signatures:
-        item.index = other.get(item.index, item.index)
-    kind = message.WhichOneof("kind")
-    if kind in ("survivor_list", "result"):
-        survivors = getattr(message, kind).survivors
-        survivors[:] = [other.get(k, k) for k in survivors]
-    return message.SerializeToString()
 
 
 class RoundMachine(RuleBasedStateMachine):
@@ -323,9 +255,6 @@ class RoundMachine(RuleBasedStateMachine):
         for client in self.clients.values():
             if client.state in (State.ABORTED, State.UNMASKED, State.DONE):
                 assert (client._seed, client._mask_key, client._cipher_key, client._shares) == (None, None, None, {})
-
-
-QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large]
 
 
 class TestRounds(RoundMachine.TestCase):

@@ -1,8 +1,7 @@
 """A second implementation of "fedsecure/secagg/v1", written from the design and sharing no code with the package.
 
 Plain Python with hashlib and hmac; only X25519, Ed25519, AES-256 on single blocks and AES-GCM come from a library. It
-is slow, has no states and checks nothing: it says what every byte of an honest round must be, be it with keys of its own,
-on a slot of an epoch, or on a k-regular graph.
+has no states and checks nothing: it says what every byte of an honest round must be.
 """
 
 from __future__ import annotations
