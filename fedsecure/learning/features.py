@@ -128,6 +128,21 @@ def _from_feature_file(source: str, classes: Sequence[str]) -> SiteFeatures:
     )
 
 
+def check_patients(dataset: Dataset, unit: str) -> None:
+    """Refuse a run by patient on a data set that knows none; needs no more than its listing.
+
+    Raises:
+        PrivacyError: FS-1246 when patients are to be protected and the data set does not know them.
+    """
+    if unit == "patient" and dataset.patient_ids is None:
+        raise PrivacyError(
+            "FS-1246",
+            f"data set {dataset.name!r} has no patient ids and the run protects patients",
+            expected="a patient column, or a run by record",
+            cure='add patient ids to the manifest, or agree on privacy.unit = "record"',
+        )
+
+
 def load_units(
     dataset: Dataset,
     features: SiteFeatures,
@@ -157,14 +172,8 @@ def load_units(
         ModelError: FS-1638 when the features have another width than the run's; FS-1641 images without an encoder.
     """
     dataset.index()
+    check_patients(dataset, unit)
     patients = dataset.patient_ids
-    if unit == "patient" and patients is None:
-        raise PrivacyError(
-            "FS-1246",
-            f"data set {dataset.name!r} has no patient ids and the run protects patients",
-            expected="a patient column, or a run by record",
-            cure='add patient ids to the manifest, or agree on privacy.unit = "record"',
-        )
     if dataset.kind == "features":
         values = dataset.features()
     else:

@@ -13,7 +13,7 @@ from fedsecure.config import DatasetConfig
 from fedsecure.data.dataset import Dataset
 from fedsecure.data.loading import open_dataset
 from fedsecure.errors import DataError, PrivacyError
-from fedsecure.learning.features import load_units
+from fedsecure.learning.features import check_patients, load_units
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Population
 from fedsecure.privacy.ledger import Ledger
@@ -104,6 +104,8 @@ class Sources:
             if earlier is None or earlier[0] is not given:
                 records = self._open(section, given)
                 records.index()
+                # Before anything is charged: reading would refuse it as well, and too late.
+                check_patients(records, self.member.settings.privacy.unit)
                 place = f"{section.path.resolve()}/{section.split or ''}"
                 patients = records.patient_ids
                 ids = (
