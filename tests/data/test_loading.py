@@ -232,6 +232,8 @@ class TestManifest:
             ("FS-1113", ["file,label", "tree/cat/9.png,cat"]),
             ("FS-1113", ["file,label", "tree/cat/1.png,cat", "tree/cat/../cat/1.png,cat"]),
             ("FS-1113", ["file,label,patient", "tree/cat/1.png,cat,"]),
+            # A patient with no image.
+            ("FS-1113", ["file,label,patient", "tree/cat/1.png,cat,P1", ",cat,P2"]),
             ("FS-1113", ["file,label", "tree/cat/1.png,cat,surplus"]),
             ("FS-1113", ["file,label", "tree/cat/1.png"]),
             ("FS-1114", ["file,label,split", "tree/cat/1.png,cat,train"]),
