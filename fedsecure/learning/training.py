@@ -17,12 +17,14 @@ import numpy.typing as npt
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import AdapterKind, Vector
 from fedsecure.learning.engines import EngineName, clipped_sum
-from fedsecure.learning.task import HeadTask
+from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.learning.units import UnitFeatures
 
 Privatise = Callable[[Vector, float], Vector]
 Sample = Callable[[int], npt.NDArray[np.bool_]]
 
+# A single image says less about its class than a text does: the linear head's temperature is lower by this factor.
+IMAGE_PRIOR = 0.5
 # A unit's gradient hardly exceeds this, so a larger C clips nothing and must not lower the rate any further.
 _LARGEST_GRADIENT: Mapping[AdapterKind, float] = {"linear": 0.7, "facmic": 1.0}
 
@@ -114,6 +116,17 @@ def _foreign(what: str, found: npt.NDArray[Any], expected: str) -> PrivacyError:
     )
 
 
+def prior_of_images(text: npt.NDArray[Any], centre: npt.NDArray[Any]) -> bool:
+    """Whether the prior's rows (K, d) are image features, one example a class, and no texts; from public constants.
+
+    Images and texts live in different cones (Liang et al. 2022, arXiv 2203.02053): the mean of image rows points where
+    the images' public mean (d,) points, that of texts does not. False where there is no public mean, all zeros.
+    """
+    mean = unit_rows(np.asarray(text, np.float64)).mean(axis=0)
+    lengths = float(np.linalg.norm(mean) * np.linalg.norm(centre))
+    return lengths > 0 and float(mean @ centre) > 0.8 * lengths
+
+
 def suggest(
     kind: AdapterKind,
     *,
@@ -132,7 +145,8 @@ def suggest(
     * linear: the way is min(s, 0.07 s², 128) with s = μ·units/K, the signal-to-noise of one class: noise of about
       2/s of the way reaches each logit, so a linear rate holds the noise in the logits constant, and the square
       keeps it below the differences between the prior's logits where s is small. The temperature, that is the
-      weight of the prior, falls as 300/s between 25 and 8.
+      weight of the prior, falls as 300/s between 25 and 8; half of it where the prior is images
+      (:func:`prior_of_images`).
     * facmic: the gate's exponents get noise of standard deviation g = way·√(d/2)/(μ·units), as LeakyReLU(LayerNorm)
       has norm about √(d/2). Above g = 1 the gate scrambles the features; g = min(0.9, s/94) with
       s = μ·units/√(d/2). A single step goes at most 3 up to s = 300, and at most 8 from s = 800 on: longer ones

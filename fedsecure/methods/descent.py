@@ -20,7 +20,7 @@ from fedsecure.learning.adapters import AdapterKind, AdapterSpec
 from fedsecure.learning.engines import clipped_sum, clipped_units
 from fedsecure.learning.features import SiteFeatures
 from fedsecure.learning.task import HeadTask
-from fedsecure.learning.training import suggest, train_locally
+from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.cohorts import cohort_of
@@ -119,6 +119,8 @@ class AdapterDescent:
         """The adapter with the run's constants, as sites train and evaluate it."""
         _, cohort = cohort_of(settings, trainers_only=True)
         _, temperature = self.rate(settings, cohort)
+        if self.kind == "linear" and settings.method.temperature == "auto":
+            temperature *= IMAGE_PRIOR if prior_of_images(features.text, features.centre) else 1.0
         return HeadTask(spec=self.spec(settings), text=features.text, centre=features.centre, temperature=temperature)
 
     def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:

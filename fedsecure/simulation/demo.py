@@ -35,8 +35,6 @@ from fedsecure.simulation.processes import Processes, Watch
 from fedsecure.simulation.scaffold import Layout, SitePlan, lay_out
 
 MARKER = ".fedsecure-demo"
-# Enough steps for either adapter; the attention module moves slowly (accuracy.md).
-ROUNDS = {"linear": 20, "facmic": 60}
 _UNEXPLAINED = ("FS-1713", "FS-1714", "FS-1715")
 # Fields of the configuration models by the option that sets them, for errors.
 _OPTIONS = {
@@ -179,6 +177,8 @@ def _refused(error: ValidationError) -> ConfigError:
 
 
 def _sections(options: DemoOptions) -> tuple[MethodConfig, PrivacyConfig, RoundsConfig]:
+    from fedsecure.methods.recommend import ROUNDS
+
     rounds = ROUNDS.get(options.adapter, 20) if options.rounds is None else options.rounds
     method = MethodConfig(name=options.adapter, rounds=rounds, local_steps=options.local_steps)
     privacy = PrivacyConfig(

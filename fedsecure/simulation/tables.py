@@ -96,7 +96,8 @@ def _percent(entry: Mapping[str, Any], name: str) -> str:
 
 
 def plot(summary: Sequence[Mapping[str, Any]], file: Path) -> bool:
-    """Accuracy over ε as PNG, a line a setting, bars of one standard deviation; False without matplotlib.
+    """Accuracy over ε as PNG, a line a setting, bars of one standard deviation; False without matplotlib, or
+    where nothing was evaluated.
 
     A run without privacy stands at the right edge; the dashed line is zero-shot.
     """
@@ -104,15 +105,17 @@ def plot(summary: Sequence[Mapping[str, Any]], file: Path) -> bool:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    finite = sorted({entry["epsilon"] for entry in summary if math.isfinite(entry["epsilon"])})
-    edge = 2.5 * max(finite, default=1.0)
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    axes = figure.add_subplot()
     lines: dict[str, list[Mapping[str, Any]]] = {}
     for entry in summary:
         if entry["accuracy"] is not None:
             name = ", ".join(str(entry[key]) for key in ("method", "partition", "noise"))
             lines.setdefault(name, []).append(entry)
+    if not lines:
+        return False
+    finite = sorted({entry["epsilon"] for entry in summary if math.isfinite(entry["epsilon"])})
+    edge = 2.5 * max(finite, default=1.0)
+    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     for name, entries in lines.items():
         ordered = sorted(entries, key=lambda entry: float(entry["epsilon"]))
         axes.errorbar(
