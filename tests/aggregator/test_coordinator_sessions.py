@@ -25,7 +25,8 @@ class Stage:
     """A coordinator and the sites' hands, without threads; time is a number."""
 
     def __init__(self, folder: Path, **options: Any) -> None:
-        self.world = World(folder, waits={"silence_seconds": 10.0, **options.pop("waits", {})}, **options)
+        given = {"silence_seconds": 10.0, "start_seconds": 20.0, "phase_seconds": 20.0, "training_seconds": 60.0}
+        self.world = World(folder, waits={**given, **options.pop("waits", {})}, **options)
         self.core: Coordinator = self.world.start()
         self.now = self.core._waiting_since
         self.tokens: dict[str, bytes] = {}

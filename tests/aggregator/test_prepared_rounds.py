@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -46,8 +45,9 @@ def test_a_prepared_round_takes_three_messages(tmp_path: Path, prepared: int, se
 
 
 def test_a_site_that_restarts_gets_new_keys_and_takes_part_again(tmp_path: Path) -> None:
-    world = World(tmp_path, sites=5, rounds=60, waits={"prepared_rounds": 64})
+    world = World(tmp_path, sites=5, rounds=24, waits={"prepared_rounds": 64})
     world.start()
+    back = threading.Event()
 
     def leaves_and_returns() -> None:
         with world.client("site-2") as client:
@@ -55,10 +55,18 @@ def test_a_site_that_restarts_gets_new_keys_and_takes_part_again(tmp_path: Path)
                 client.answer(query)
                 if number == 4:
                     break
-        time.sleep(0.1)
-        world.take_part("site-2")()
+        with world.client("site-2") as client:
+            back.set()
+            client.run()
 
-    world.run(leaves_and_returns, *(world.take_part(n) for n in world.names if n != "site-2"), seconds=120)
+    def stays(name: str) -> None:
+        with world.client(name) as client:
+            for query in client.queries():
+                # The run must not be over before the other one is back.
+                assert query.round < 14 or back.wait(90)
+                client.answer(query)
+
+    world.run(leaves_and_returns, *(lambda n=n: stays(n) for n in world.names if n != "site-2"))
     assert not world.errors
     outcome = world.coordinator.outcome
     assert outcome is not None

@@ -151,9 +151,15 @@ def test_below_the_threshold_the_attempt_is_aborted_and_the_next_is_charged_anew
 
 
 def test_without_enough_sites_the_run_ends_with_the_reason(tmp_path: Path) -> None:
-    world = World(tmp_path, waits={"start_seconds": 2.0})
+    world = World(tmp_path)
     world.start()
-    world.run(*(world.take_part(name) for name in world.names[:2]))
+
+    def loses_patience() -> None:
+        while not all(world.coordinator.sessions.find(name) for name in world.names[:2]):
+            time.sleep(0.01)
+        world.hurry()
+
+    world.run(loses_patience, *(world.take_part(name) for name in world.names[:2]))
     assert {type(error) for error in world.errors.values()} == {RunError}
     text = str(next(iter(world.errors.values())))
     assert "FS-1709" in text
@@ -254,12 +260,20 @@ class LoweredAlike(Lowered):
     [(Forged, "FS-1370"), (Lowered, "FS-1373"), (LoweredAlike, "FS-1373"), (OtherContext, "FS-1372")],
 )
 def test_a_site_refuses_what_it_can_recompute(tmp_path: Path, attacker: type[MemoryTransport], code: str) -> None:
-    world = World(tmp_path, rounds=1, waits={"start_seconds": 0.5})
+    world = World(tmp_path, rounds=1)
     world.start()
     transport = attacker(world.coordinator, "site-1", world.gate)
     if isinstance(transport, LoweredAlike):
         transport.world = world
-    world.run(world.take_part("site-1", transport=transport), *(world.take_part(n) for n in world.names[1:]))
+    attacked = world.take_part("site-1", transport=transport)
+
+    def ends() -> None:
+        try:
+            attacked()
+        finally:
+            world.hurry()
+
+    world.run(ends, *(world.take_part(n) for n in world.names[1:]))
     mine = [e for e in world.errors.values() if isinstance(e, ProtocolError) and e.code == code]
     assert mine, world.errors
     with Ledger(tmp_path / "site-1" / "ledger.db") as ledger:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,10 @@ from federation_world import World
 
 from fedsecure.config import SiteConfig, load
 from fedsecure.simulation.scaffold import SitePlan, lay_out
+
+# Started in the background of a shell, tests inherit that Ctrl-C is ignored, and so would every child.
+if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 COMMAND = [sys.executable, "-W", "error::ResourceWarning", "-m", "fedsecure"]
 
@@ -79,13 +84,13 @@ class Deployment:
         files = sorted(self.state.glob("runs/*/status.json"), key=lambda f: f.stat().st_mtime)
         return json.loads(files[-1].read_text()) if files else {"stage": "", "step": 0, "outcome": None}
 
-    def until(self, condition: Any, what: str, seconds: float = 60) -> None:
+    def until(self, condition: Any, what: str, seconds: float = 120) -> None:
         give_up = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < give_up, f"in vain: {what}\n{self.logs()}"
             time.sleep(0.02)
 
-    def wait(self, name: str, seconds: float = 90) -> int:
+    def wait(self, name: str, seconds: float = 120) -> int:
         try:
             return self.children[name].wait(seconds)
         except subprocess.TimeoutExpired:

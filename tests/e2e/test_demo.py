@@ -257,15 +257,17 @@ def test_demo_on_real_scans(tmp_path: Path, shared_data: Path) -> None:
 @pytest.mark.shared_data
 @pytest.mark.parametrize("adapter", ["linear", "facmic"])
 def test_demo_on_clip_features_of_caltech(tmp_path: Path, shared_data: Path, adapter: str) -> None:
-    """Zero-shot is strong: training at ε ≤ 8 must not end below it by more than one standard error."""
+    """Zero-shot is strong: training at ε ≤ 8 must not spoil it.
+
+    Runs over processes draw their noise anew: 0.966 ± 0.006 for linear, 0.967 ± 0.002 for facmic. That training stays
+    within one standard error of zero-shot is said of seeded runs, in tests/learning/test_local_training.py.
+    """
     file = shared_data / "caltech_clip_vitb32.npz"
     result = demo("--features", file, "--adapter", adapter, out=tmp_path / "demo")
     check(result, sites=3, out=tmp_path / "demo", adapter=adapter)
     before, after = result["accuracy"]["before"], result["accuracy"]["after"]
     assert before == pytest.approx(0.9598, abs=5e-4)
-    with np.load(file) as archive:
-        records = len(archive["test_y"])
-    assert after >= before - float(np.sqrt(before * (1 - before) / records))
+    assert after > before - 0.03  # six standard deviations below the mean of linear
 
 
 @pytest.mark.slow

@@ -27,7 +27,7 @@ def test_a_site_told_to_stop_leaves_cleanly(deployment: Deployment, number: sign
         deployment.join(name)
     deployment.until(lambda: deployment.status()["step"] >= 1, "a round")
     deployment.children["site-1"].send_signal(number)
-    assert deployment.wait("site-1", 30) == status, deployment.logs()
+    assert deployment.wait("site-1") == status, deployment.logs()
     assert "Traceback" not in deployment.log("site-1")
     assert "stopped" in deployment.log("site-1")
     assert "stays charged" in deployment.log("site-1")

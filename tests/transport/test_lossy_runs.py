@@ -37,11 +37,13 @@ class Repeating(MemoryTransport):
 class Late(MemoryTransport):
     """Uploads only after the phase has closed without it, once."""
 
+    world: World
     done = False
 
     def upload(self, header: pb.UploadHeader, payload: memoryview) -> None:
         core = self._core
         while not self.done:
+            self.world.pass_over(self._site)
             with self._gate:
                 attempt = core._attempt  # type: ignore[attr-defined]
                 self.done = attempt is None or attempt.phase is not Phase.MASKED
@@ -75,12 +77,14 @@ def test_a_call_made_twice_counts_once(tmp_path: Path) -> None:
 
 
 def test_a_site_that_is_too_late_loses_the_round_and_goes_on(tmp_path: Path) -> None:
-    world = World(tmp_path, sites=5, rounds=2, waits={"training_seconds": 4.0})
+    world = World(tmp_path, sites=5, rounds=2)
     world.start()
     receipts: list[Receipt] = []
+    late = Late(world.coordinator, "site-5", world.gate)
+    late.world = world
 
     def slow() -> None:
-        with world.client("site-5", transport=Late(world.coordinator, "site-5", world.gate)) as client:
+        with world.client("site-5", transport=late) as client:
             receipts.extend(receipts_of(client))
 
     world.run(slow, *(world.take_part(name) for name in world.names[:4]))
@@ -93,7 +97,7 @@ def test_a_site_that_is_too_late_loses_the_round_and_goes_on(tmp_path: Path) -> 
 
 
 def test_a_tensor_that_is_broadcast_no_more_is_an_aborted_attempt(tmp_path: Path) -> None:
-    world = World(tmp_path, sites=5, rounds=2, waits={"phase_seconds": 1.0})
+    world = World(tmp_path, sites=5, rounds=2)
     world.start()
     receipts: list[Receipt] = []
 
@@ -102,6 +106,7 @@ def test_a_tensor_that_is_broadcast_no_more_is_an_aborted_attempt(tmp_path: Path
 
         def fetch(self, request: pb.FetchRequest) -> bytes:
             while not self.waited:
+                world.pass_over("site-5")
                 with self._gate:
                     self.waited = request.digest not in self._core._broadcast.blobs  # type: ignore[attr-defined]
                 time.sleep(0.01)
@@ -120,7 +125,7 @@ def test_a_tensor_that_is_broadcast_no_more_is_an_aborted_attempt(tmp_path: Path
 
 def test_a_site_that_cannot_pay_any_more_says_so_to_the_others(tmp_path: Path) -> None:
     # Aborted attempts are charged too, so a site may run out although the plan had fitted.
-    world = World(tmp_path, rounds=3, waits={"start_seconds": 1.0})
+    world = World(tmp_path, rounds=3)
     world.start()
 
     def poor() -> None:
@@ -130,7 +135,11 @@ def test_a_site_that_cannot_pay_any_more_says_so_to_the_others(tmp_path: Path) -
                     limits = client.config.policy.model_copy(update={"max_epsilon": 0.5})
                     poorer = client.config.model_copy(update={"policy": limits})
                     client._sources.member = replace(client._sources.member, config=poorer)
-                client.answer(query)
+                try:
+                    client.answer(query)
+                except BudgetExceeded:
+                    world.hurry()
+                    raise
 
     world.run(poor, *(world.take_part(name) for name in ("site-1", "site-3")))
     kinds = sorted(type(error).__name__ for error in world.errors.values())
@@ -140,7 +149,7 @@ def test_a_site_that_cannot_pay_any_more_says_so_to_the_others(tmp_path: Path) -
 
 
 def test_a_budget_too_small_from_the_start_is_told_too(tmp_path: Path) -> None:
-    world = World(tmp_path, waits={"start_seconds": 1.0})
+    world = World(tmp_path)
     world.start()
     config = world.site_config("site-2")
     changes = {"policy": config.policy.model_copy(update={"max_epsilon": 0.5})}
@@ -148,6 +157,7 @@ def test_a_budget_too_small_from_the_start_is_told_too(tmp_path: Path) -> None:
     def poor() -> None:
         with pytest.raises(BudgetExceeded), world.client("site-2", changes=changes):
             pass
+        world.hurry()
 
     world.run(poor, *(world.take_part(name) for name in ("site-1", "site-3")))
     assert all("site-2 left with FS-1201" in str(error) for error in world.errors.values())
