@@ -1,7 +1,6 @@
-"""The ledger's file: its rows and schema, its private creation, a row's hash, and SQLite's failures in plain words.
+"""The ledger's file: its rows, its private creation, a row's hash, and SQLite's failures in plain words.
 
-Format 2 adds unit sets, limits, and a note for a clock that went back. Rows of format 1 keep their hashes, so a head
-that was printed before an upgrade still holds after it (privacy.md §3.9).
+Rows of format 1 keep their hashes, so a head that was printed before an upgrade still holds after it (privacy.md §3.9).
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import json
 import math
 import os
 import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,64 +18,11 @@ from typing import Any, Literal
 
 from fedsecure.errors import LedgerError
 from fedsecure.messages import Event, Population, event_from_dict, event_to_dict
+from fedsecure.privacy.ledger_schema import BLANK, COLUMNS, COLUMNS_1
 
 State = Literal["RESERVED", "COMMITTED", "VOID", "LIMIT"]
 
-SCHEMA_VERSION = 2
-APPLICATION = 0x46534C47  # "FSLG"
 GENESIS = "0" * 64
-
-# One set of units is one row, however often it is charged; entries name it by its digest.
-SCHEMA = """
-CREATE TABLE secret (id INTEGER PRIMARY KEY CHECK (id = 1), key BLOB NOT NULL, digest TEXT NOT NULL);
-CREATE TABLE datasets (key INTEGER PRIMARY KEY AUTOINCREMENT, name TEXT NOT NULL UNIQUE);
-CREATE TABLE unit_sets (
-    key INTEGER PRIMARY KEY AUTOINCREMENT,
-    digest TEXT NOT NULL UNIQUE,
-    population TEXT NOT NULL CHECK (population IN ('train', 'evaluation')),
-    base INTEGER REFERENCES unit_sets (key),
-    added BLOB NOT NULL,
-    removed BLOB NOT NULL
-);
-CREATE TABLE entries (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,
-    format INTEGER NOT NULL CHECK (format IN (1, 2)),
-    utc TEXT NOT NULL,
-    reservation TEXT NOT NULL,
-    state TEXT NOT NULL CHECK (state IN ('RESERVED', 'COMMITTED', 'VOID', 'LIMIT')),
-    dataset INTEGER NOT NULL REFERENCES datasets (key),
-    dataset_name TEXT NOT NULL,
-    population TEXT NOT NULL CHECK (population IN ('train', 'evaluation')),
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    attempt INTEGER NOT NULL,
-    events TEXT NOT NULL,
-    query_sha256 TEXT NOT NULL,
-    payload_sha256 TEXT NOT NULL,
-    reason TEXT NOT NULL,
-    unit_set TEXT NOT NULL,
-    limit_at TEXT NOT NULL,
-    note TEXT NOT NULL,
-    prev_hash TEXT NOT NULL,
-    hash TEXT NOT NULL UNIQUE
-);
-CREATE UNIQUE INDEX one_reservation ON entries (dataset, population, run, round, attempt) WHERE state = 'RESERVED';
-CREATE UNIQUE INDEX one_end ON entries (reservation) WHERE state <> 'RESERVED';
-CREATE TRIGGER entries_stay BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER entries_remain BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER datasets_stay BEFORE UPDATE ON datasets BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER datasets_remain BEFORE DELETE ON datasets BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER unit_sets_stay BEFORE UPDATE ON unit_sets BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-CREATE TRIGGER unit_sets_remain BEFORE DELETE ON unit_sets BEGIN SELECT RAISE(ABORT, 'append-only'); END;
-"""
-COLUMNS_1 = (
-    "seq", "utc", "reservation", "state", "dataset", "dataset_name", "population", "run", "round", "attempt",
-    "events", "query_sha256", "payload_sha256", "reason", "prev_hash",
-)  # fmt: skip
-COLUMNS = (
-    "seq", "format", "utc", "reservation", "state", "dataset", "dataset_name", "population", "run", "round",
-    "attempt", "events", "query_sha256", "payload_sha256", "reason", "unit_set", "limit_at", "note", "prev_hash",
-)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,16 +150,6 @@ def altered(what: str, path: Path) -> LedgerError:
     )  # fmt: skip
 
 
-def statements(script: str) -> Iterator[str]:
-    """Single statements of a script; ``executescript`` would commit on its own."""
-    statement = ""
-    for line in script.splitlines():
-        statement += line + "\n"
-        if sqlite3.complete_statement(statement):
-            yield statement.strip().rstrip(";")
-            statement = ""
-
-
 def row_hash(row: Mapping[str, Any]) -> str:
     """SHA-256 over a row in canonical JSON; a value of a foreign type cannot hash like one of ours."""
     columns = COLUMNS_1 if row["format"] == 1 else COLUMNS
@@ -248,7 +184,7 @@ def check_chain(
             or row["prev_hash"] != previous
             or row["hash"] != row_hash(row)
             or row["format"] < form
-            or (row["format"] == 1 and (units, row["limit_at"], row["note"]) != ("", "", ""))
+            or (row["format"] == 1 and {name: row[name] for name in BLANK} != BLANK)
             or (row["format"] == 2 and row["utc"] < utc)
             or datasets.get(row["dataset"]) != row["dataset_name"]
             or states.get(name) != before

@@ -19,11 +19,7 @@ from typing import Any, Self
 from fedsecure.errors import LedgerError
 from fedsecure.messages import Population
 from fedsecure.privacy.ledger_file import (
-    APPLICATION,
-    COLUMNS,
     GENESIS,
-    SCHEMA,
-    SCHEMA_VERSION,
     altered,
     check_chain,
     create_private,
@@ -31,10 +27,18 @@ from fedsecure.privacy.ledger_file import (
     row_hash,
     secret_digest,
     sqlite_error,
-    statements,
 )
 from fedsecure.privacy.ledger_head import Head, HeadCopy
-from fedsecure.privacy.ledger_upgrade import schema_of, upgrade
+from fedsecure.privacy.ledger_schema import (
+    APPLICATION,
+    COLUMNS,
+    SCHEMA,
+    SCHEMA_VERSION,
+    is_made_by,
+    lost_at_the_end,
+    statements,
+)
+from fedsecure.privacy.ledger_upgrade import upgrade
 from fedsecure.privacy.unit_sets import check_sets
 
 log = logging.getLogger("fedsecure.privacy.ledger")
@@ -119,14 +123,13 @@ class LedgerStore:
             (sound,) = self._db.execute("PRAGMA integrity_check(1)").fetchone()
             if sound != "ok":
                 raise altered(f"SQLite says: {sound}", self.path)
-            if schema_of(self._db) != sorted(statements(SCHEMA)):
+            if not is_made_by(self._db, SCHEMA):
                 raise altered("its tables are not this release's", self.path)
             self._check_secret()
             rows = self._rows()
             datasets = dict(self._db.execute("SELECT key, name FROM datasets").fetchall())
             check_chain(rows, datasets, check_sets(self._db, self.path), self.path)
-            counted = self._db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'entries'").fetchone()
-            if (counted[0] if counted else 0) != len(rows):
+            if lost_at_the_end(self._db, "entries", len(rows)):
                 raise altered("rows are missing at the end", self.path)
             if head is not None:
                 self._check_holds(head)

@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from fedsecure.messages import Event, Population
 from fedsecure.privacy.ledger_file import altered, wrong_argument
+from fedsecure.privacy.ledger_schema import lost_at_the_end
 
 HASH_BYTES = 32
 MAX_UNITS = 1 << 24
@@ -130,8 +131,7 @@ def check_sets(db: sqlite3.Connection, path: Path) -> dict[str, Population]:
             found[units.digest] = population
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise altered(f"unit set {len(found) + 1} ({error})", path) from error
-    counted = db.execute("SELECT seq FROM sqlite_sequence WHERE name = 'unit_sets'").fetchone()
-    if (counted[0] if counted else 0) != len(digests):
+    if lost_at_the_end(db, "unit_sets", len(digests)):
         raise altered("unit sets are missing at the end", path)
     return found
 
