@@ -37,7 +37,7 @@ def weight(signal: float, error: float) -> float:
     """η: length of a class's direction beside the zero-shot rows, whose length is 1; 0 where there is no signal.
 
     As the prior's own error grows, so does what data may say: where the classes' directions are mostly noise
-    η = 0.0105 s⁴/(s² + 4), else 1.25 s·e^1.5, at most 30 e^1.5, with a smooth transition. The constants were chosen on
+    η = 0.0105 s⁴/(s² + 16), else 1.25 s·e^1.5, at most 30 e^1.5, with a smooth transition. The constants were chosen on
     validation rows of CLIP ViT-B/32 features (UCF101, Caltech101, also with text embeddings made worse).
 
     Args:
@@ -45,17 +45,17 @@ def weight(signal: float, error: float) -> float:
         error: share of units that zero-shot gets wrong, in [0, 1].
     """
     trust = error**1.5
-    terms = (0.0105 * signal**4 / (signal**2 + 4), 1.25 * signal * trust, 30 * trust)
+    terms = (0.0105 * signal**4 / (signal**2 + 16), 1.25 * signal * trust, 30 * trust)
     return 0.0 if min(terms) <= 0 else 1 / math.sqrt(math.fsum(term**-2 for term in terms))
 
 
 def zero_shot_error(statistics: Statistics, *, units: float) -> float:
-    """Share of units that zero-shot gets wrong, less 2.5 standard deviations of its noise: in doubt it is right.
+    """Share of units that zero-shot gets wrong, less three standard deviations of its noise: in doubt it is right.
 
     Zero means either a prior without errors or noise that hides them, and then nothing should be learnt.
     """
     total = max(statistics.hits + statistics.misses, 0.25 * units)
-    return min(max((statistics.misses - 2.5 * statistics.count_noise) / total, 0.0), 1.0)
+    return min(max((statistics.misses - 3 * statistics.count_noise) / total, 0.0), 1.0)
 
 
 def prototype_directions(statistics: Statistics, *, units: float) -> Vector:
