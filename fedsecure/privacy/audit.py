@@ -292,7 +292,9 @@ class CanaryClaim:
     amplitude: float = 1.0
 
 
-def audit_canaries(observe: Observe, *, count: int, claim: CanaryClaim) -> tuple[tuple[Check, ...], tuple[Bound, ...]]:
+def audit_canaries(
+    observe: Observe, *, count: int, claim: CanaryClaim, rng: PrivacyRng | None = None
+) -> tuple[tuple[Check, ...], tuple[Bound, ...]]:
     """Flip a coin for each canary, watch their coordinates, and compare with the claim.
 
     Args:
@@ -300,11 +302,12 @@ def audit_canaries(observe: Observe, *, count: int, claim: CanaryClaim) -> tuple
             each step, less what all other units put there, over C.
         count: m canaries, ≥ 20.
         claim: the proof's numbers.
+        rng: flips the coins; a fresh generator by default.
 
     Returns:
         the four conformance tests, and three lower bounds on ε.
     """
-    included = PrivacyRng().poisson_mask(count, 0.5)
+    included = (rng or PrivacyRng()).poisson_mask(count, 0.5)
     seen = observe(included)
     assert seen.shape == (claim.steps, count) and count >= 20
     q, steps, a = claim.sampling_rate, claim.steps, claim.amplitude
