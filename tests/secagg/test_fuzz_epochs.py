@@ -458,7 +458,7 @@ class TestEpochs(EpochMachine.TestCase):
 
 @pytest.mark.slow
 class TestEpochsAtLength(EpochMachine.TestCase):
-    settings = settings(max_examples=400, stateful_step_count=60, deadline=None, suppress_health_check=QUIET)
+    settings = settings(max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=QUIET)
 
 
 # --- the fuzzer can fail -----------------------------------------------------------------------------------------

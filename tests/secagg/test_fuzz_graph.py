@@ -200,7 +200,7 @@ class TestGraph(GraphMachine.TestCase):
 
 @pytest.mark.slow
 class TestGraphAtLength(GraphMachine.TestCase):
-    settings = settings(max_examples=200, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
+    settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
 
 
 def test_the_course_of_the_machine_opens_a_sum_without_the_absent_site() -> None:
