@@ -306,7 +306,9 @@ class PolicyConfig(_Section):
         max_epsilon: refuse whatever would take the training units past it, over all runs on the data set.
         max_evaluation_epsilon: the same for evaluation units.
         delta: δ at which the limits hold.
-        min_cohort, min_colluders: floors of secagg.md §3.5.
+        min_cohort, min_colluders, min_threshold, min_survivors: floors of n, c, t and u_min (secagg.md §3.5), beside
+            those of the protocol itself.
+        max_wrap_log2: most log2 of the chance that a round's sum wraps around the ring.
         min_noise_multiplier: refuse a query whose noise multiplier per step is lower.
         methods: allowed methods.
         noise: allowed places of noise.
@@ -320,6 +322,9 @@ class PolicyConfig(_Section):
     delta: Annotated[float, Field(gt=0, lt=1)] = 1e-5
     min_cohort: Annotated[int, Field(ge=3)] = 3
     min_colluders: Annotated[int, Field(ge=1)] = 1
+    min_threshold: Annotated[int, Field(ge=2, le=128)] = 2
+    min_survivors: Annotated[int, Field(ge=3, le=128)] = 3
+    max_wrap_log2: Annotated[float, Field(le=-40, allow_inf_nan=False)] = -40.0
     min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.1
     methods: tuple[str, ...] = ("linear", "facmic", "prototypes", "ridge", "evaluate")
     noise: tuple[Literal["distributed", "local"], ...] = ("distributed", "local")

@@ -55,7 +55,8 @@ def load_material(features: Path | str | None, *, unit: Literal["patient", "reco
     centre = np.zeros(header.dimension, np.float32) if header.mean is None else header.mean
     constants = SiteFeatures(header.text, centre, header.dimension, header.fingerprint)
     dataset = open_dataset(DatasetConfig(name="audit", path=path, split="train"), classes=header.classes)
-    units = load_units(dataset, constants, cache=None, unit=unit, cap=CAP, max_units=_UNITS, key=os.urandom(32))
+    units = load_units(dataset, constants, cache=None, unit=unit, cap=CAP, max_units=None, key=os.urandom(32))
+    units = units.limit_units(_UNITS)
     return Material(header.text, centre, units, path.name)
 
 

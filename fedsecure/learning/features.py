@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from fedsecure.config import EncoderConfig
-from fedsecure.errors import ModelError, PrivacyError
+from fedsecure.errors import DataError, ModelError, PrivacyError
 from fedsecure.learning.adapters import Float32
 from fedsecure.learning.units import UnitFeatures, group_units
 
@@ -150,7 +150,7 @@ def load_units(
     cache: Path | None,
     unit: Literal["patient", "record"],
     cap: int,
-    max_units: int,
+    max_units: int | None,
     key: bytes,
     progress: Progress | None = None,
 ) -> UnitFeatures:
@@ -162,13 +162,13 @@ def load_units(
         cache: folder of the feature cache, None to encode everything.
         unit: ``"patient"`` groups by patient; ``"record"`` makes each record a unit of its own.
         cap: public cap on a patient's records; 1 with ``"record"``.
-        max_units: declared maximum of units; further ones are left out by keyed hash.
+        max_units: declared maximum of units; None where none is declared.
         key: the site's secret for the keyed hash.
         progress: called with (done, n) while encoding.
 
     Raises:
         PrivacyError: FS-1246 when patients are to be protected and the data set does not know them.
-        DataError: FS-1143, FS-1144, or as the data set says.
+        DataError: FS-1127 more units than declared; FS-1143, FS-1144, or as the data set says.
         ModelError: FS-1638 when the features have another width than the run's; FS-1641 images without an encoder.
     """
     dataset.index()
@@ -206,4 +206,22 @@ def load_units(
         classes=features.text.shape[0],
         record_ids=dataset.record_ids,
     )
-    return units.limit_units(max_units)
+    if max_units is not None:
+        check_declared(len(units), max_units, dataset=dataset.name)
+    return units
+
+
+def check_declared(units: int, max_units: int, *, dataset: str) -> None:
+    """Refuse a data set with more units than the run declares for it; DataError FS-1127.
+
+    A choice of ``max_units`` among them would depend on who else is there: without one patient another one would take
+    the place, and the sum could move by 2C instead of C. The number of units itself is public, and the same whether a
+    unit's records are there or replaced by nothing.
+    """
+    if units > max_units:
+        raise DataError(
+            "FS-1127",
+            f"data set {dataset!r} has {units} units, and the run declares at most {max_units} for this site",
+            expected="no more units than declared",
+            cure="ask the coordinator to declare more, or choose a fixed subset yourself, in the manifest",
+        )

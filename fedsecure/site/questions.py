@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fedsecure.config import PolicyConfig
 from fedsecure.errors import ProtocolError
 from fedsecure.messages import Query
 from fedsecure.methods.agenda import question
@@ -79,7 +80,7 @@ def accept(asked: pb.Ask, member: Membership) -> Question:
     check(
         descriptor,
         query,
-        policy=_floors(member),
+        policy=floors(member.config.policy),
         roster=member.identity.roster,
         site=member.config.site,
         config_hash=settings.digest(),
@@ -106,7 +107,7 @@ def accept_set_up(asked: pb.Prepare, member: Membership) -> EpochDescriptor:
         )
     check_epoch(
         descriptor,
-        policy=_floors(member),
+        policy=floors(member.config.policy),
         roster=roster,
         site=member.config.site,
         config_hash=settings.digest(),
@@ -114,6 +115,13 @@ def accept_set_up(asked: pb.Prepare, member: Membership) -> EpochDescriptor:
     return descriptor
 
 
-def _floors(member: Membership) -> RoundPolicy:
-    limits = member.config.policy
-    return RoundPolicy(min_cohort=limits.min_cohort, min_colluders=limits.min_colluders, methods=limits.methods)
+def floors(limits: PolicyConfig) -> RoundPolicy:
+    """What a site's own limits say about a round's secure aggregation."""
+    return RoundPolicy(
+        min_cohort=limits.min_cohort,
+        min_colluders=limits.min_colluders,
+        min_threshold=limits.min_threshold,
+        min_survivors=limits.min_survivors,
+        methods=limits.methods,
+        max_wrap_log2=limits.max_wrap_log2,
+    )

@@ -13,7 +13,7 @@ from fedsecure.config import DatasetConfig
 from fedsecure.data.dataset import Dataset
 from fedsecure.data.loading import open_dataset
 from fedsecure.errors import DataError, PrivacyError
-from fedsecure.learning.features import check_patients, load_units
+from fedsecure.learning.features import check_declared, check_patients, load_units
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Population
 from fedsecure.privacy.ledger import Ledger
@@ -106,6 +106,7 @@ class Sources:
                 records.index()
                 # Before anything is charged: reading would refuse it as well, and too late.
                 check_patients(records, self.member.settings.privacy.unit)
+                self._check_count(population, records)
                 place = f"{section.path.resolve()}/{section.split or ''}"
                 patients = records.patient_ids
                 ids = (
@@ -122,7 +123,6 @@ class Sources:
         self, population: Population, section: DatasetConfig, given: Dataset | None
     ) -> Callable[[], UnitFeatures]:
         member = self.member
-        declared = member.entry.max_units if population == "train" else member.entry.evaluation_units
         privacy = member.settings.privacy
 
         def read() -> UnitFeatures:
@@ -137,7 +137,7 @@ class Sources:
                     cache=member.config.state / "features",
                     unit=privacy.unit,
                     cap=privacy.max_records_per_unit,
-                    max_units=declared,
+                    max_units=self._declared(population),
                     key=self.ledger.key,
                 )
                 self._loaded[population] = given, units
@@ -145,6 +145,17 @@ class Sources:
             return earlier[1]
 
         return read
+
+    def _declared(self, population: Population) -> int:
+        entry = self.member.entry
+        return entry.max_units if population == "train" else entry.evaluation_units
+
+    def _check_count(self, population: Population, records: Dataset) -> None:
+        """From identifiers alone, so that nothing is charged for a data set that is larger than declared."""
+        by_patient = self.member.settings.privacy.unit == "patient"
+        patients = records.patient_ids if by_patient else None
+        units = len(set(records.record_ids if patients is None else patients))
+        check_declared(units, self._declared(population), dataset=records.name)
 
     def _check_disjoint(self, population: Population, records: Dataset) -> None:
         """Training and private evaluation are charged apart, which holds for patients who are in one of them only."""

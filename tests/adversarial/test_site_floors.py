@@ -6,17 +6,22 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
 import pytest
+from federation_world import World
 from secagg_world import BASE, CONFIG, federation, make_descriptor, make_query
 
-from fedsecure.errors import FedsecureError, ProtocolError
+from fedsecure.config import PolicyConfig, RunSettings, SiteConfig, load
+from fedsecure.errors import ConfigError, FedsecureError, ProtocolError
 from fedsecure.messages import Query, Segment
+from fedsecure.privacy.ledger import Ledger
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.latch import MAX_BYTES, FileLatch
 from fedsecure.secagg.policy import RoundPolicy, check, wrap_log2
+from fedsecure.site.questions import floors
 
 A = bytes([1] * 32)
 
@@ -115,3 +120,83 @@ def test_a_latch_that_is_huge_or_nested_is_refused(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(ProtocolError, match="FS-1348"):
             FileLatch(path).begin(bytes(16), 0, 0, A)
+
+
+# What a site's own file says, each floor alone: the code it refuses with, a value that refuses the round of five sites
+# with c = 1, t = 4, u_min = 4, and one that allows it.
+FLOORS: dict[str, tuple[str, object, object]] = {
+    "min_cohort": ("FS-1331", 6, 5),
+    "min_colluders": ("FS-1334", 2, 1),
+    "min_threshold": ("FS-1332", 5, 4),
+    "min_survivors": ("FS-1333", 5, 4),
+    "max_wrap_log2": ("FS-1341", -1e30, -40.0),
+    "methods": ("FS-1342", ("another",), ("facmic",)),
+}
+
+
+def noisy_query() -> Query:
+    """Noise that wraps the ring with a chance of about 2^-45: below the protocol's limit, and not below every one."""
+    return make_query(5, segments=(Segment("delta", 5, 1.0, 1, 1, Fraction(2**31 // 20) ** 2),))
+
+
+@pytest.mark.parametrize("key", FLOORS)
+def test_a_floor_of_the_sites_file_refuses_and_the_lower_one_accepts(key: str) -> None:
+    code, high, low = FLOORS[key]
+    query = replace(noisy_query(), method="facmic")
+    descriptor = make_descriptor(5, query=query)
+    assert (descriptor.colluders, descriptor.threshold, descriptor.min_survivors) == (1, 4, 4)
+    with pytest.raises(ProtocolError, match=code):
+        gate(descriptor, query, floors(PolicyConfig(**{key: high})))  # type: ignore[arg-type]
+    gate(descriptor, query, floors(PolicyConfig(**{key: low})))  # type: ignore[arg-type]
+
+
+def test_the_ring_floor_has_a_middle() -> None:
+    query = replace(noisy_query(), method="facmic")
+    descriptor = make_descriptor(5, query=query)
+    chance = wrap_log2(descriptor)
+    assert -70 < chance < -41
+    gate(descriptor, query, floors(PolicyConfig(max_wrap_log2=chance + 0.5)))
+    with pytest.raises(ProtocolError, match="FS-1341"):
+        gate(descriptor, query, floors(PolicyConfig(max_wrap_log2=chance - 0.5)))
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("min_cohort", 2),
+        ("min_colluders", 0),
+        ("min_threshold", 1),
+        ("min_threshold", 129),
+        ("min_survivors", 2),
+        ("max_wrap_log2", -39.9),
+        ("max_wrap_log2", "nan"),
+        ("max_wrap_log2", "-inf"),
+        ("min_survivor", 4),
+    ],
+)
+def test_a_floor_out_of_range_is_one_clear_error(key: str, value: object, tmp_path: Path) -> None:
+    file = tmp_path / "site.toml"
+    known = 'site = "a"\naggregator = "x:1"\nidentity = "i"\nstate = "s"\nledger = "l"\n[policy]\n'
+    file.write_text(f"{known}{key} = {value}\n")
+    with pytest.raises(ConfigError, match=rf"FS-1003.*policy\.{key}"):
+        load(file, SiteConfig)
+    file.write_text(f"{known}min_threshold = 3\nmin_survivors = 3\nmax_wrap_log2 = -64.5\n")
+    assert floors(load(file, SiteConfig).policy).max_wrap_log2 == -64.5
+
+
+@pytest.mark.parametrize("prepared", [0, 16])
+@pytest.mark.parametrize(("key", "code"), [("min_threshold", "FS-1332"), ("min_survivors", "FS-1333")])
+def test_a_site_refuses_a_run_below_its_floors_before_anything_is_charged(
+    tmp_path: Path, key: str, code: str, prepared: int
+) -> None:
+    world = World(tmp_path, rounds=1, waits={"prepared_rounds": prepared, "start_seconds": 0.5})
+    raw = world.settings.model_dump()
+    raw["evaluation"] = {"when": ()}
+    world.settings = RunSettings.model_validate(raw)
+    world.start()
+    policy = world.site_config("site-1").policy.model_copy(update={key: 4})
+    first = world.take_part("site-1", changes={"policy": policy})
+    world.run(first, *(world.take_part(name) for name in world.names[1:]))
+    assert [error.code for error in world.errors.values() if isinstance(error, ProtocolError)] == [code]
+    with Ledger(tmp_path / "site-1" / "ledger.db") as ledger:
+        assert not ledger.history()
