@@ -391,6 +391,9 @@ def test_units_at_several_sites_cost_more_and_the_report_says_so(tmp_path: Path)
     page = render_html(declared)
     assert "2 (declared)" in page
     assert "compose in parallel" in page
+    assert "for a patient at up to 2 sites" in page
+    assert "the largest of all" not in page
+    assert "the largest of all sites" in render_html(apart)
 
 
 def test_several_sites_with_local_noise_compose_and_sampling_falls_under_group_privacy(tmp_path: Path) -> None:
