@@ -130,7 +130,8 @@ class EpochMachine(RuleBasedStateMachine):
         assert epoch is not None
         assert set(epoch._slots) == {number for number in before if number > descriptor.slot}
         assert descriptor.epoch == epoch.descriptor.ctx
-        assert descriptor.threshold == epoch.descriptor.threshold
+        for name in ("threshold", "min_survivors", "colluders", "cohort", "mode", "config_hash"):
+            assert getattr(descriptor, name) == getattr(epoch.descriptor, name)
         self.attempts[site].append(client)
         return client
 
@@ -308,29 +309,33 @@ class EpochMachine(RuleBasedStateMachine):
             self.sites[name].set_up(self.epochs[number])
         assert (client.state, client.slots_left) == before
 
-    @rule(
-        data=st.data(),
-        site=st.integers(0, N - 1),
-        slot=st.integers(0, SLOTS),
-        ahead=st.integers(-2, 2),
-        twist=st.sampled_from(["none"] * 6 + ["epoch", "cohort", "threshold", "survivors", "run", "no epoch"]),
-    )
-    def hostile_round(self, data: st.DataObject, site: int, slot: int, ahead: int, twist: str) -> None:
-        """Any slot for any round, with anything changed that the epoch has fixed; a site that takes it masks for it."""
+    @rule(site=st.integers(0, N - 1), slot=st.integers(0, SLOTS), ahead=st.integers(-2, 2), attempt=st.integers(0, 1))
+    def hostile_round(self, site: int, slot: int, ahead: int, attempt: int) -> None:
+        """Any slot for any round; a site that takes it masks for it."""
         base = self.asked.round if self.asked else 10 * len(self.epochs)
-        good = self.descriptor(max(0, base + ahead), slot, attempt=data.draw(st.integers(0, 1)))
-        d = {
-            "none": lambda: good,
-            "epoch": lambda: replace(good, epoch=data.draw(st.sampled_from(self.epochs)).ctx),
-            "cohort": lambda: replace(good, cohort=good.cohort[::-1]),
-            "threshold": lambda: forged(good, threshold=2),
-            "survivors": lambda: replace(good, min_survivors=4),
-            "run": lambda: replace(good, run_id=bytes(16)),
-            "no epoch": lambda: replace(good, epoch=b"", slot=0),
-        }[twist]()
-        client = self.begin(self.names[site], d)
+        client = self.begin(self.names[site], self.descriptor(max(0, base + ahead), slot, attempt=attempt))
         if client is not None:
             self.mask(self.names[site], client, None)
+
+    @rule(site=st.integers(0, N - 1), slot=st.integers(0, SLOTS - 1))
+    def misfit_round(self, site: int, slot: int) -> None:
+        """Anything else than what the epoch has fixed, on any slot: refused."""
+        good = self.descriptor(self.later(), slot)
+        for epoch in self.epochs[:-1]:
+            assert self.begin(self.names[site], replace(good, epoch=epoch.ctx)) is None
+        for changes in (
+            {"cohort": good.cohort[::-1]},
+            {"cohort": good.cohort[:3]},
+            {"threshold": 2},
+            {"min_survivors": 4},
+            {"run_id": bytes(16)},
+            {"epoch": b"", "slot": 0},
+        ):
+            assert self.begin(self.names[site], forged(good, **changes)) is None
+
+    def later(self) -> int:
+        """The number of a round that no site has begun."""
+        return 1 + max([client._descriptor.round for mine in self.attempts.values() for client in mine], default=50)
 
     def attempt(self, data: st.DataObject, site: int) -> SecAggClient | None:
         """One of the site's attempts, mostly the newest."""
@@ -369,16 +374,39 @@ class EpochMachine(RuleBasedStateMachine):
             for signature in signatures
         ]
         wanted = data.draw(st.lists(st.integers(0, len(made) - 1), unique=True)) if made else []
-        items = dict(made[k] for k in wanted)
+        self.show(site, client, dict(made[k] for k in wanted), forge=forge)
+
+    def show(self, site: int, client: SecAggClient, items: dict[int, bytes], *, forge: bool = True) -> None:
         if forge and client.state is State.SIGNED:
             body = transcript.survivors_body(client._t1, client._t2, client._survivors)
             key = federation(N).keys[self.names[COLLUDER - 1]]
-            items[COLLUDER] = transcript.sign(key, "survivors", client.ctx, body)
+            items = items | {COLLUDER: transcript.sign(key, "survivors", client.ctx, body)}
         message = pb.SurvivorSignatures(
             signatures=[pb.SurvivorSignature(index=i, signature=s) for i, s in sorted(items.items())]
         )
         raw = pb.ServerMessage(survivor_signatures=message).SerializeToString()
         self.call(self.names[site], client, lambda c: c.unmask(raw))
+
+    @rule(
+        slot=st.integers(0, SLOTS - 1),
+        asked=st.lists(st.booleans(), min_size=3, max_size=3),
+        absent=st.lists(st.integers(0, N), min_size=3, max_size=3),
+    )
+    def split_slot(self, slot: int, asked: list[bool], absent: list[int]) -> None:
+        """A whole attack on one slot: each honest site is asked for one of two rounds, hears of other survivors, and is
+        shown every signature there is, with the colluder's on whatever it wants to see."""
+        base = self.later()
+        begun, seen = {}, {}
+        for site, (later, gone) in enumerate(zip(asked, absent, strict=True)):
+            client = self.begin(self.names[site], self.descriptor(base + later, slot))
+            if client is not None:
+                self.mask(self.names[site], client, None)
+                self.offer_survivors(site, client, [k for k in range(1, N + 1) if k != gone])
+                begun[site] = client
+        for who, signatures in self.ledgers[self.epochs[-1].ctx, slot].signed.items():
+            seen[self.names.index(who) + 1] = next(iter(signatures))
+        for site, client in begun.items():
+            self.show(site, client, seen)
 
     @rule(data=st.data(), site=st.integers(0, N - 1), how=st.sampled_from(BENDS), own=st.booleans())
     def hostile_upward(self, data: st.DataObject, site: int, how: str, own: bool) -> None:
