@@ -36,16 +36,16 @@ def class_signal(layout: Moments, *, units: float, noise: float) -> float:
 def weight(signal: float, error: float) -> float:
     """η: length of a class's direction beside the zero-shot rows, whose length is 1; 0 where there is no signal.
 
-    As the prior's own error grows, so does what data may say: where the classes' directions are mostly noise
-    η = 0.0105 s⁴/(s² + 16), else 1.25 s·e^1.5, at most 30 e^1.5, with a smooth transition. The constants were chosen on
-    validation rows of CLIP ViT-B/32 features (UCF101, Caltech101, also with text embeddings made worse).
+    As the prior's own error e grows, so does what data may say: where the classes' directions are mostly noise
+    η = 0.0105 s⁴/(s² + 4)·min(1, 5e), else 1.25 s·e^1.5, at most 30 e^1.5, with a smooth transition. The constants were
+    chosen on validation rows of CLIP ViT-B/32 features (UCF101, Caltech101, also with text embeddings made worse).
 
     Args:
         signal: s of :func:`class_signal`, ≥ 0.
         error: share of units that zero-shot gets wrong, in [0, 1].
     """
     trust = error**1.5
-    terms = (0.0105 * signal**4 / (signal**2 + 16), 1.25 * signal * trust, 30 * trust)
+    terms = (0.0105 * signal**4 / (signal**2 + 4) * min(1.0, 5 * error), 1.25 * signal * trust, 30 * trust)
     return 0.0 if min(terms) <= 0 else 1 / math.sqrt(math.fsum(term**-2 for term in terms))
 
 

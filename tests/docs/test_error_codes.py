@@ -33,6 +33,7 @@ SHARED = {
     "FS-1111": {"data/arrays.py", "data/dataset.py"},
     "FS-1114": {"data/features.py", "data/images.py"},
     "FS-1202": {"privacy/accounting.py", "privacy/noise.py"},
+    "FS-1204": {"methods/recommend.py", "privacy/plan.py"},
     "FS-1211": {"privacy/grid.py", "privacy/plan.py"},
     "FS-1238": {"learning/engines.py", "learning/training.py"},
     "FS-1403": {"identity/keys.py", "identity/provision.py", "simulation/scaffold.py"},
