@@ -28,6 +28,8 @@ _RECONNECT = [
     ("grpc.max_reconnect_backoff_ms", 5_000),
     ("grpc.enable_retries", 0),
 ]
+# What an orderly close needs is milliseconds.
+_CLOSE_SECONDS = 5.0
 _BUSY = ("FS-1510", "FS-1511", "FS-1512")
 _UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
 
@@ -105,7 +107,10 @@ class GrpcTransport:
         return blob
 
     def close(self) -> None:
-        self._channel.close()
+        # A signal may have landed inside grpc, whose close then waits for ever: nobody's exit hangs on it.
+        closing = threading.Thread(target=self._channel.close, name="close-channel", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
 
     def _call(self, attempt: Callable[[], _Reply], size: int) -> _Reply:
         give_up = time.monotonic() + self._patience

@@ -220,7 +220,7 @@ def test_false_alarms_are_as_rare_as_stated() -> None:
     failed = 0
     largest = []
     for seed in range(600):
-        checks, bounds = audit_canaries(Toy(claim, seed=seed).observe, count=1000, claim=claim, rng=coins(seed))
+        checks, bounds = audit_canaries(Toy(claim, seed=seed).observe, count=500, claim=claim, rng=coins(seed))
         failed += not AuditResult(claim.epsilon, DELTA, checks, bounds).passed
         largest += [abs(check.found) for check in checks]
     assert failed == 0

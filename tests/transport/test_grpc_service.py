@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -49,7 +50,7 @@ class Served:
 
     def line(self, name: str) -> GrpcTransport:
         identity = load_identity(self.world.folder / "keys" / "sites" / name / "identity")
-        self.lines.append(GrpcTransport(f"localhost:{self.port}", identity, connect_seconds=2.0))
+        self.lines.append(GrpcTransport(f"localhost:{self.port}", identity, connect_seconds=20.0))
         return self.lines[-1]
 
     def joined(self, name: str) -> GrpcTransport:
@@ -185,6 +186,7 @@ def test_one_upload_a_site_at_a_time(served: Served) -> None:
 
 def test_one_sites_flood_of_calls_is_refused_and_others_are_served(served: Served) -> None:
     flood = served.joined("site-1")
+    flood._patience = 2.0
     request = pb.NextRequest(session=served.tokens["site-1"])
     with ThreadPoolExecutor(max_workers=module.MAX_CALLS) as pool:
         polls = [pool.submit(flood.next, request) for _ in range(module.MAX_CALLS)]
@@ -204,6 +206,16 @@ def test_one_sites_flood_of_calls_is_refused_and_others_are_served(served: Serve
     while served.service._calls["site-1"]:
         assert time.monotonic() < give_up
         time.sleep(0.01)
+
+
+def test_nobodys_exit_waits_for_a_channel_that_does_not_close(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = served.joined("site-1")
+    channel, stuck = line._channel, threading.Event()
+    monkeypatch.setattr(line, "_channel", SimpleNamespace(close=stuck.wait))
+    monkeypatch.setattr("fedsecure.transport.channel._CLOSE_SECONDS", 0.05)
+    line.close()
+    stuck.set()
+    channel.close()
 
 
 def test_errors_cross_the_line_bounded_and_without_control_characters() -> None:
