@@ -123,8 +123,11 @@ def test_a_file_and_numbers_together_or_neither_are_refused(tmp_path: Path) -> N
 
 
 @pytest.mark.slow
-def test_the_recommended_method_is_within_a_point_and_a_half_of_the_best(shared_data: Path) -> None:
+def test_the_recommended_method_is_within_a_point_and_a_half_of_the_best(
+    shared_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A few federations of ``python -m benchmarks.recommendation``, seeded; the whole table is in docs/choosing.md."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2]))
     from benchmarks.recommendation import runner, worlds
 
     def even_split(world: Any, epsilon: float) -> Numbers:
