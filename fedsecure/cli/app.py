@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 import typer
 import typer.core
 
+from fedsecure.cli.duplicates import duplicates
 from fedsecure.errors import FedsecureError
 
 app = typer.Typer(
@@ -196,6 +197,9 @@ def simulate(
         print_json(without_infinity(result))
     else:
         show_simulation(result)
+
+
+app.command()(duplicates)
 
 
 @app.command()

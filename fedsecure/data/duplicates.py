@@ -102,6 +102,21 @@ class Overlap:
             dropped.update(own if leaks else own[1:])
         return tuple(i for i in range(self.records[site]) if i not in dropped)
 
+    def clean(self, *, test: str | None = None) -> dict[str, tuple[int, ...]]:
+        """Site → indices, so that every content is left once: at the first training site that holds it.
+
+        Args:
+            test: the site that only evaluates; it loses whatever a training site holds.
+
+        Raises:
+            DataError: FS-1135 for a site that is not in the collection.
+        """
+        if test is not None and test not in self.records:
+            raise _unknown_site(test, self.records)
+        order = [site for site in self.records if site != test] + ([] if test is None else [test])
+        kept = {site: self.kept(site, against=order[:place]) for place, site in enumerate(order)}
+        return {site: kept[site] for site in self.records}
+
 
 def find_duplicates(
     sites: Mapping[str, Dataset], *, near_bits: int | None = None, step: Callable[[int], None] = lambda _: None

@@ -107,38 +107,15 @@ def _phantom_material(options: DemoOptions) -> Material:
 def _image_material(options: DemoOptions, data: Path) -> Material:
     from fedsecure.data.loading import open_dataset
 
-    if not data.is_dir():
-        raise DataError(
-            "FS-1150",
-            f"{data} is no folder",
-            expected="DIR/<site>/<class>/*.{jpg,png}",
-            cure="give the folder that holds one folder a site",
-        )
-    sites = _folders(data)
-    for site in sites:
-        if not _SITE.fullmatch(site):
-            raise DataError(
-                "FS-1155",
-                f"site folder {site!r} in {data}",
-                expected="a name of small letters, digits and . _ -, beginning with a letter or digit",
-                cure="rename the folder; the name goes into certificates",
-            )
-    trainers = [site for site in sites if site != options.eval_site]
-    if options.eval_site is not None and options.eval_site not in sites:
-        raise DataError(
-            "FS-1151",
-            f"--eval-site {options.eval_site} is not in {data}",
-            expected="one of " + ", ".join(sites),
-            cure="correct the name",
-        )
-    if len(trainers) < 3:
+    sites, classes = site_folders(data, eval_site=options.eval_site)
+    trainers = len(sites) - (options.eval_site is not None)
+    if trainers < 3:
         raise DataError(
             "FS-1152",
-            f"{len(trainers)} training sites in {data}",
+            f"{trainers} training sites in {data}",
             expected="at least 3: with two, each could read the other's part off the sum",
             cure="add site folders",
         )
-    classes = _shared_classes(data, sites)
     encoder, file = _encoder(options)
     material = Material("images", classes, encoder, file)
     public = bool(options.public_evaluation)
@@ -157,6 +134,39 @@ def _image_material(options: DemoOptions, data: Path) -> Material:
             )
             material.evaluation[site] = (kept, len(open_dataset(kept, classes=classes)))
     return material
+
+
+def site_folders(data: Path, *, eval_site: str | None = None) -> tuple[list[str], tuple[str, ...]]:
+    """The sites of a folder DIR/<site>/<class>/*, and the classes they share; no file is opened.
+
+    Raises:
+        DataError: FS-1150 no such folder, FS-1151 no site ``eval_site``, FS-1153 a class that one site alone has,
+            FS-1154 fewer than two classes, FS-1155 a name that cannot be a site's, FS-1100 a folder cannot be listed.
+    """
+    if not data.is_dir():
+        raise DataError(
+            "FS-1150",
+            f"{data} is no folder",
+            expected="DIR/<site>/<class>/*.{jpg,png}",
+            cure="give the folder that holds one folder a site",
+        )
+    sites = _folders(data)
+    for site in sites:
+        if not _SITE.fullmatch(site):
+            raise DataError(
+                "FS-1155",
+                f"site folder {site!r} in {data}",
+                expected="a name of small letters, digits and . _ -, beginning with a letter or digit",
+                cure="rename the folder; the name goes into certificates",
+            )
+    if eval_site is not None and eval_site not in sites:
+        raise DataError(
+            "FS-1151",
+            f"--eval-site {eval_site} is not in {data}",
+            expected="one of " + ", ".join(sites),
+            cure="correct the name",
+        )
+    return sites, _shared_classes(data, sites)
 
 
 def _shared_classes(data: Path, sites: list[str]) -> tuple[str, ...]:

@@ -96,3 +96,12 @@ def test_features_are_compared_by_content_only() -> None:
 def test_how_alike_has_bounds(bits: int) -> None:
     with pytest.raises(DataError, match="FS-1136"):
         find_duplicates({}, near_bits=bits)
+
+
+def test_every_content_is_left_once_at_its_first_training_site(sites: dict[str, Dataset]) -> None:
+    overlap = find_duplicates(sites)
+    assert overlap.clean(test="test") == {"a": (0, 1, 3), "b": (0,), "test": (1, 2)}
+    assert overlap.clean(test="a") == {"a": (1, 3), "b": (0, 1), "test": (1, 2)}
+    assert overlap.clean()["a"] == (0, 1, 3)
+    with pytest.raises(DataError, match="FS-1135"):
+        overlap.clean(test="c")
