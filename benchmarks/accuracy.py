@@ -1,86 +1,64 @@
-"""Accuracy against ε, measured with the deployed code: every cell is a whole `fedsecure demo` with real processes.
+"""Accuracy against ε with the deployed code: the tables of docs/results.md, each a ``fedsecure simulate``.
 
-    python -m benchmarks.accuracy --features FILE.npz --epsilon 0.5,1,2,4,8 --repeats 3 [--json]
-    python -m benchmarks.accuracy --epsilon 1,8                # generated, synthetic scans
+    python -m benchmarks.accuracy UCF101.npz CALTECH101.npz [--out FOLDER] [--seeds 3] [--quick]
 
-The noise cannot be seeded, so that repeats differ by themselves; the table shows mean and standard deviation.
+Five sites, IID, distributed noise, one colluding site, every site needed (u_min = 5), record level, δ = 1e-5; ``train``
+and ``val`` records are shared out, ``test`` is evaluated on. Finished runs are not run again.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
+import math
 import sys
-import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-from rich.console import Console
-from rich.table import Table
+from fedsecure.simulation.simulate import SimulationOptions, Step, simulate
+from fedsecure.simulation.tables import to_markdown
 
-from fedsecure.simulation.demo import DemoOptions, run_demo
+EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
 
 
-def measure(options: argparse.Namespace, epsilon: float) -> dict[str, Any]:
-    """Accuracy before and after at one ε, over the repeats."""
-    runs = []
-    for repeat in range(options.repeats):
-        with tempfile.TemporaryDirectory() as folder:
-            result = run_demo(
-                DemoOptions(
-                    out=Path(folder) / "demo",
-                    adapter=options.adapter,
-                    sites=options.sites,
-                    noise=options.noise,
-                    rounds=options.rounds,
-                    local_steps=options.local_steps,
-                    epsilon=epsilon,
-                    features=options.features,
-                    seed=repeat,
+def tables(ucf: Path, caltech: Path, *, out: Path, seeds: int, quick: bool) -> Iterator[tuple[str, SimulationOptions]]:
+    """Title and options of each table."""
+    # UCF101's prior is one public image a class, so that its mean is a public mean of image features.
+    for name, file, centre in (("UCF101", ucf, f"{ucf}:text"), ("Caltech101", caltech, "none")):
+        for method in ("linear", "facmic"):
+            yield (
+                f"{name}, {method}",
+                SimulationOptions(
+                    out=out / f"{name.lower()}-{method}",
+                    methods=(method,),
+                    features=file,
+                    sites=5,
+                    min_survivors=5,
+                    colluders=1,
+                    train=("train", "val"),
+                    centre=centre,
+                    epsilons=(8.0,) if quick else EPSILONS,
+                    seeds=1 if quick else seeds,
                 ),
-                watch=lambda status: None,
             )
-        runs.append(result.summary)
-        print(f"ε = {epsilon:g}, run {repeat + 1} of {options.repeats}", file=sys.stderr)
-    after = [run["accuracy"]["after"] for run in runs]
-    return {
-        "epsilon_target": epsilon,
-        "epsilon_spent": max(runs[0]["epsilon"].values()),
-        "before": statistics.mean(run["accuracy"]["before"] for run in runs),
-        "after": statistics.mean(after),
-        "after_std": statistics.stdev(after) if len(after) > 1 else 0.0,
-        "rounds": runs[0]["rounds"],
-        "wall_seconds": statistics.mean(run["wall_seconds"] for run in runs),
-    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--features", type=Path, help="feature file (docs/datasets.md); synthetic scans without")
-    parser.add_argument("--epsilon", default="0.5,1,2,4,8")
-    parser.add_argument("--adapter", default="linear", choices=("linear", "facmic"))
-    parser.add_argument("--noise", default="distributed", choices=("distributed", "local"))
-    parser.add_argument("--rounds", type=int)
-    parser.add_argument("--local-steps", type=int, default=1)
-    parser.add_argument("--sites", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument("ucf", type=Path, help="UCF101 features (docs/datasets.md)")
+    parser.add_argument("caltech", type=Path, help="Caltech101 features")
+    parser.add_argument("--out", type=Path, default=Path("accuracy"))
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--quick", action="store_true", help="one seed and ε = 8 only")
     options = parser.parse_args()
-    rows = [measure(options, float(text)) for text in options.epsilon.split(",")]
-    if options.json:
-        print(json.dumps({"adapter": options.adapter, "noise": options.noise, "sites": options.sites, "rows": rows}))
-        return
-    table = Table("ε", "spent", "before", "after", "seconds")
-    for row in rows:
-        table.add_row(
-            f"{row['epsilon_target']:g}",
-            f"{row['epsilon_spent']:.2f}",
-            f"{100 * row['before']:.1f} %",
-            f"{100 * row['after']:.1f} ± {100 * row['after_std']:.1f} %",
-            f"{row['wall_seconds']:.1f}",
-        )
-    Console().print(table)
+
+    def watch(step: Step) -> None:
+        if not step.rounds:
+            print(f"{step.done}/{step.cells}: {step.what}", file=sys.stderr)
+
+    for title, chosen in tables(
+        options.ucf, options.caltech, out=options.out, seeds=options.seeds, quick=options.quick
+    ):
+        print(f"## {title}\n\n{to_markdown(simulate(chosen, watch=watch)['summary'])}", flush=True)
 
 
 if __name__ == "__main__":

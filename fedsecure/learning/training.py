@@ -142,7 +142,7 @@ def suggest(
     The step is ``learning_rate · noisy sum / units``; nearly every gradient is clipped, so a rate stands for
     ``learning_rate · max_grad_norm · steps``, the whole way the adapter goes, whatever C and T.
 
-    * linear: the way is min(s, 0.07 s², 128) with s = μ·units/K, the signal-to-noise of one class: noise of about
+    * linear: the way is min(s, 0.11 s², 128) with s = μ·units/K, the signal-to-noise of one class: noise of about
       2/s of the way reaches each logit, so a linear rate holds the noise in the logits constant, and the square
       keeps it below the differences between the prior's logits where s is small. The temperature, that is the
       weight of the prior, falls as 300/s between 25 and 8; half of it where the prior is images
@@ -171,7 +171,7 @@ def suggest(
     per_step = steps * min(max_grad_norm, _LARGEST_GRADIENT.get(kind, 1.0))
     if kind == "linear":
         signal = mu_total * units / classes
-        way = min(signal, 0.07 * signal**2, 128.0)
+        way = min(signal, 0.11 * signal**2, 128.0)
         return way * classes / per_step, min(max(300.0 / max(signal, 1.0), 8.0), 25.0)
     if kind == "facmic":
         width = math.sqrt(dimension / 2)

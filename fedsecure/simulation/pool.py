@@ -18,8 +18,8 @@ import numpy.typing as npt
 
 from fedsecure.config import DatasetConfig
 from fedsecure.data import partition as partitions
-from fedsecure.data.features import read_feature_header
-from fedsecure.errors import ConfigError, DataError
+from fedsecure.data.features import FeatureFile, read_feature_header
+from fedsecure.errors import ConfigError
 from fedsecure.files import make_folder
 
 Array = npt.NDArray[Any]
@@ -73,18 +73,10 @@ def read_pool(file: Path, *, train: Sequence[str], test: str, centre: str) -> Po
             cure="leave the test split out of --train",
         )
     header = read_feature_header(file)
-    for split in (*train, test):
-        if split not in header.splits:
-            raise DataError(
-                "FS-1114",
-                f"{file}: no split {split!r}",
-                expected="one of the splits " + ", ".join(sorted(header.splits)),
-                cure="name splits of the file with --train and --test",
-            )
-    with np.load(file, allow_pickle=False) as held:
-        features = np.concatenate([held[f"{split}_x"] for split in train])
-        labels = np.concatenate([held[f"{split}_y"] for split in train]).astype(np.int64)
-        test_features, test_labels = held[f"{test}_x"], held[f"{test}_y"].astype(np.int64)
+    held = {split: FeatureFile(file, split=split, name=split, classes=header.classes) for split in (*train, test)}
+    features = np.concatenate([held[split].features() for split in train])
+    labels = np.concatenate([held[split].labels for split in train])
+    test_features, test_labels = held[test].features(), held[test].labels
     public: dict[str, Array] = {"classes": np.array(header.classes), "text": header.text}
     mean = header.mean if centre == "file" else None if centre == "none" else _mean_of(centre)
     if mean is not None:

@@ -27,7 +27,16 @@ FINDERS = {"blame", "_blame", "require"}
 # Codes with one meaning that more than one module raises, and which. Both sides of secure aggregation check one set of
 # rules, so its modules count as one.
 SHARED = {
-    "FS-1003": {"config.py", "privacy/plan.py", "simulation/demo.py", "simulation/material.py"},
+    "FS-1003": {
+        "config.py",
+        "privacy/plan.py",
+        "simulation/demo.py",
+        "simulation/material.py",
+        "simulation/placing.py",
+        "simulation/simulate.py",
+    },
+    "FS-1009": {"simulation/demo.py", "simulation/simulate.py"},
+    "FS-1010": {"simulation/material.py", "simulation/placing.py", "simulation/pool.py"},
     "FS-1100": {"data/features.py", "data/images.py", "data/loading.py", "simulation/material.py"},
     "FS-1109": {"data/arrays.py", "data/dataset.py"},
     "FS-1111": {"data/arrays.py", "data/dataset.py"},
@@ -40,6 +49,7 @@ SHARED = {
     "FS-1631": {"learning/adapters.py", "learning/training.py"},
     "FS-1632": {"learning/adapters.py", "learning/modules.py", "learning/reference.py"},
     "FS-1638": {"learning/engines.py", "learning/evaluation.py", "learning/features.py"},
+    "FS-1709": {"client.py", "simulation/memory.py"},
 }
 
 
