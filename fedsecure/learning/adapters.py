@@ -1,25 +1,63 @@
 """The trainable adapters as shapes and numbers, without torch: an aggregator sizes, starts and steps them.
 
 ``linear`` is the zero-initialised residual linear head of privacy.md §0.3; ``facmic`` is the feature attention
-module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3).
+module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3); ``fedclip`` is the
+Tanh gate of FedCLIP (Lu et al. 2023, arXiv 2302.13485); ``bottleneck`` is a residual two-layer perceptron as in
+CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544). ``FORMS`` is the one list of them; a kind's forward pass is in
+``modules``, its gradients in ``closed_form`` and its learning rates in ``training``, each in a table by kind.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from fedsecure.errors import ModelError
 
-AdapterKind = Literal["linear", "facmic"]
+AdapterKind = Literal["linear", "facmic", "fedclip", "bottleneck"]
 Float32 = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
+Shapes = Mapping[str, tuple[int, ...]]
+
+# Width of the bottleneck; features that are narrower still keep their own.
+BOTTLENECK = 64
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterForm:
+    """The tensors of one kind of adapter; what is neither uniform nor one starts at zero.
+
+    Attributes:
+        shapes: (d, K) → tensor name → shape, in the order of the module's parameters.
+        uniform: tensors that start at random, from U(−1/√d, 1/√d), PyTorch's default.
+        ones: tensors that start at one.
+    """
+
+    shapes: Callable[[int, int], Shapes]
+    uniform: tuple[str, ...] = ()
+    ones: tuple[str, ...] = ()
+
+
+def _two_layers(inner: int, d: int) -> Shapes:
+    return {"W1": (inner, d), "b1": (inner,), "W2": (d, inner), "b2": (d,)}
+
+
+FORMS: Mapping[AdapterKind, AdapterForm] = {
+    "linear": AdapterForm(lambda d, k: {"D": (k, d)}),
+    "facmic": AdapterForm(
+        lambda d, k: {"W1": (d, d), "b1": (d,), "gamma": (d,), "beta": (d,), "W2": (d, d), "b2": (d,)},
+        uniform=("W1", "b1"),
+        ones=("gamma",),
+    ),
+    "fedclip": AdapterForm(lambda d, k: _two_layers(d, d), uniform=("W1", "b1")),
+    "bottleneck": AdapterForm(lambda d, k: _two_layers(min(BOTTLENECK, d), d), uniform=("W1", "b1")),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +65,7 @@ class AdapterSpec:
     """Which adapter, and its size.
 
     Attributes:
-        kind: ``"linear"`` or ``"facmic"``.
+        kind: one of ``FORMS``.
         dimension: feature width d ≥ 2.
         classes: K ≥ 2.
 
@@ -40,41 +78,39 @@ class AdapterSpec:
     classes: int
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(AdapterKind) or self.dimension < 2 or self.classes < 2:
+        if self.kind not in FORMS or self.dimension < 2 or self.classes < 2:
             raise ModelError(
                 "FS-1631",
                 f"adapter {self.kind!r} with d = {self.dimension} and K = {self.classes}",
-                expected="kind linear or facmic, d >= 2 and K >= 2",
+                expected=f"kind {', '.join(FORMS)}; d >= 2 and K >= 2",
                 cure="mend method.name, encoder.dimension or the federation's class list",
             )
 
     @property
-    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+    def shapes(self) -> Shapes:
         """Tensor name → shape, in the fixed order in which :meth:`flatten` lays them out."""
-        d = self.dimension
-        if self.kind == "linear":
-            return {"D": (self.classes, d)}
-        return {"W1": (d, d), "b1": (d,), "gamma": (d,), "beta": (d,), "W2": (d, d), "b2": (d,)}
+        return FORMS[self.kind].shapes(self.dimension, self.classes)
 
     @property
     def parameters(self) -> int:
-        """Number of trainable values: K·d for ``linear``, 2d² + 4d for ``facmic`` (526,336 at d = 512)."""
+        """Number of trainable values: K·d for ``linear``, 2d² + 4d for ``facmic`` (526,336 at d = 512), 2d² + 2d for
+        ``fedclip``, 2rd + r + d for ``bottleneck`` with r = 64."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def initial(self, seed: bytes) -> dict[str, Float32]:
-        """Tensors at round 0; both kinds then predict exactly as zero-shot does.
+        """Tensors at round 0; every kind then predicts exactly as zero-shot does, since its last layer is zero.
 
-        ``linear`` starts at zero. ``facmic`` draws W1 and b1 from U(−1/√d, 1/√d), PyTorch's default, by SHAKE-256
-        of the public ``seed``; γ = 1 and β, W2, b2 = 0. Public initialisation: it protects nothing.
+        Random ones come from SHAKE-256 of the public ``seed``. Public initialisation: it protects nothing.
         """
-        tensors = {name: np.zeros(shape, np.float32) for name, shape in self.shapes.items()}
-        if self.kind == "facmic":
-            tensors["gamma"][:] = 1
-            for name in ("W1", "b1"):
-                raw = hashlib.shake_256(b"fedsecure/initial/v1\0" + name.encode() + b"\0" + seed)
-                words = np.frombuffer(raw.digest(4 * tensors[name].size), dtype="<u4").astype(np.float64)
-                uniform = ((words + 0.5) / 2**31 - 1) / math.sqrt(self.dimension)
-                tensors[name] = uniform.reshape(self.shapes[name]).astype(np.float32)
+        form = FORMS[self.kind]
+        tensors = {
+            name: (np.ones if name in form.ones else np.zeros)(shape, np.float32) for name, shape in self.shapes.items()
+        }
+        for name in form.uniform:
+            raw = hashlib.shake_256(b"fedsecure/initial/v1\0" + name.encode() + b"\0" + seed)
+            words = np.frombuffer(raw.digest(4 * tensors[name].size), dtype="<u4").astype(np.float64)
+            uniform = ((words + 0.5) / 2**31 - 1) / math.sqrt(self.dimension)
+            tensors[name] = uniform.reshape(self.shapes[name]).astype(np.float32)
         return tensors
 
     def flatten(self, tensors: Mapping[str, npt.NDArray[Any]]) -> Vector:

@@ -1,4 +1,4 @@
-"""Clipped sums of per-unit gradients in closed form, for the linear head and FACMIC's attention.
+"""Clipped sums of per-unit gradients in closed form, for every known adapter.
 
 Privacy.md §3.4 and §6, facmic.md §5.4-7: forward, one backward to the activations, norms from Gram products, one
 weighted product per weight. Norms and sums are taken in float64: a float32 sum over many units would move by more than
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsecure.learning.adapters import AdapterSpec, Vector
+from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Vector
 from fedsecure.learning.engines import Precision
 from fedsecure.learning.modules import centred_inputs, to_tensors
 from fedsecure.learning.task import TINY, HeadTask
@@ -33,8 +33,8 @@ LEAKY_SLOPE = 0.01
 # A Gram product over 2^16 entries errs by at most 2^-36 of the records' lengths squared, so above 2^-20 of them the
 # norm is right within SAFETY.
 CANCELLED = 2.0**-20
-# Records of the attention go through at most 256 at a time, so that a core's cache holds their activations, and always
-# a multiple of 64, so that products have few shapes.
+# Records go through all but the linear head at most 256 at a time, so that a core's cache holds their activations, and
+# always a multiple of 64, so that products have few shapes.
 BLOCK, STEP = 256, 64
 
 
@@ -67,7 +67,7 @@ def clipped_sum(
 
     See :func:`fedsecure.learning.engines.clipped_sum` for the contract. ``plant`` is for the audit alone
     (:mod:`fedsecure.learning.canaries`); labels past the last class are then its to replace. ``precision="float32"``
-    takes the attention's activations in float32, where their rows are seen to stand alone: gradients then err by about
+    takes an adapter's activations in float32, where their rows are seen to stand alone: gradients then err by about
     1e-6 of their length, and the bound C holds as before.
     """
     records = units.mask.shape[1]
@@ -133,7 +133,7 @@ class _Adapter:
     def factors(self, features: Tensor, labels: Tensor, weights: Tensor) -> Sequence[Factor]:
         """What the gradients of (n, d) records with these labels are made of, each times its weight."""
         inputs = centred_inputs(self.task, features.to(next(iter(self.tensors.values())).dtype))
-        backward = _linear if self.task.spec.kind == "linear" else _attention
+        backward = BACKWARD[self.task.spec.kind]
         return backward(inputs, labels, weights, self.tensors, self.prior, self.log_prior)
 
 
@@ -204,16 +204,7 @@ def _attention(
     normalised = hidden.mul_(rstd)
     affine = torch.addcmul(tensors["beta"], normalised, tensors["gamma"])
     active = functional.leaky_relu_(affine, LEAKY_SLOPE)
-    gate = torch.softmax(torch.addmm(tensors["b2"], active, tensors["W2"].T), dim=-1)
-    adapted = gate * inputs
-    length = adapted.norm(dim=-1, keepdim=True).clamp_min_(TINY)
-    adapted /= length
-
-    # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
-    error = _output_gradient(adapted.double() @ prior.T, labels, weights, log_prior)
-    toward = (error @ prior).to(inputs.dtype)
-    to_gate = toward.addcmul_(adapted, (adapted * toward).sum(-1, keepdim=True), value=-1).div_(length).mul_(inputs)
-    to_output = to_gate.sub_((gate * to_gate).sum(-1, keepdim=True)).mul_(gate)
+    to_output = _gated(inputs, active, labels, weights, tensors, prior, log_prior)
     to_affine = torch.ops.aten.leaky_relu_backward(to_output @ tensors["W2"], active, LEAKY_SLOPE, True)
     to_hidden = to_affine * tensors["gamma"]
     along = (to_hidden * normalised).mean(dim=-1, keepdim=True)
@@ -225,6 +216,82 @@ def _attention(
         to_affine.double(),
         Outer(to_output.double(), active.double(), bias=True),
     ]
+
+
+def _tanh_gate(
+    inputs: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    tensors: Mapping[str, Tensor],
+    prior: Tensor,
+    log_prior: Tensor | None,
+) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    active = torch.addmm(tensors["b1"], scaled, tensors["W1"].T).tanh_()
+    to_output = _gated(inputs, active, labels, weights, tensors, prior, log_prior)
+    to_hidden = (to_output @ tensors["W2"]).mul_(1 - active.square())
+    return _two_layers(to_hidden, scaled, to_output, active)
+
+
+def _bottleneck(
+    inputs: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    tensors: Mapping[str, Tensor],
+    prior: Tensor,
+    log_prior: Tensor | None,
+) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    active = torch.addmm(tensors["b1"], scaled, tensors["W1"].T).relu_()
+    mixed = torch.addmm(tensors["b2"], active, tensors["W2"].T).add_(inputs)
+    to_output = _to_direction(mixed, labels, weights, prior, log_prior)
+    to_hidden = (to_output @ tensors["W2"]).mul_(active > 0)
+    return _two_layers(to_hidden, scaled, to_output, active)
+
+
+def _two_layers(to_hidden: Tensor, scaled: Tensor, to_output: Tensor, active: Tensor) -> Sequence[Factor]:
+    return [
+        Outer(to_hidden.double(), scaled.double(), bias=True),
+        Outer(to_output.double(), active.double(), bias=True),
+    ]
+
+
+def _gated(
+    inputs: Tensor,
+    active: Tensor,
+    labels: Tensor,
+    weights: Tensor,
+    tensors: Mapping[str, Tensor],
+    prior: Tensor,
+    log_prior: Tensor | None,
+) -> Tensor:
+    """∂ℓ/∂(W2 r + b2) of the gate z = unit(softmax(W2 r + b2) ⊙ a)."""
+    gate = torch.softmax(torch.addmm(tensors["b2"], active, tensors["W2"].T), dim=-1)
+    to_gate = _to_direction(gate * inputs, labels, weights, prior, log_prior).mul_(inputs)
+    return to_gate.sub_((gate * to_gate).sum(-1, keepdim=True)).mul_(gate)
+
+
+def _to_direction(mixed: Tensor, labels: Tensor, weights: Tensor, prior: Tensor, log_prior: Tensor | None) -> Tensor:
+    """∂ℓ/∂u of z = unit(u); ``mixed`` is u and is overwritten by z."""
+    length = mixed.norm(dim=-1, keepdim=True).clamp_min_(TINY)
+    adapted = mixed.div_(length)
+    # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
+    error = _output_gradient(adapted.double() @ prior.T, labels, weights, log_prior)
+    toward = (error @ prior).to(mixed.dtype)
+    return toward.addcmul_(adapted, (adapted * toward).sum(-1, keepdim=True), value=-1).div_(length)
+
+
+Backward = Callable[
+    [Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor, Tensor | None],
+    Sequence[Factor],
+]
+# Looked up by kind whenever it is used.
+BACKWARD: dict[AdapterKind, Backward] = {
+    "linear": _linear,
+    "facmic": _attention,
+    "fedclip": _tanh_gate,
+    "bottleneck": _bottleneck,
+}
 
 
 def _clip_and_sum(factors: Sequence[Factor], mask: Tensor, max_grad_norm: float, *, onto: Sequence[Tensor]) -> None:

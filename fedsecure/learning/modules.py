@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsecure.errors import ModelError
-from fedsecure.learning.adapters import AdapterSpec
+from fedsecure.learning.adapters import AdapterKind, AdapterSpec
 from fedsecure.learning.task import TINY, HeadTask
 
 
@@ -62,16 +62,23 @@ def centred_inputs(task: HeadTask, features: Tensor) -> Tensor:
     return functional.normalize(unit - centre, dim=-1, eps=TINY)
 
 
-class LinearHead(nn.Module):
-    """logits = τ·a·Pᵀ + a·Dᵀ for (…, d) features; D is the weight of one bias-free ``nn.Linear``."""
+class _Head(nn.Module):
+    """What all adapters share: τ·P as a constant."""
 
     prior: Tensor
 
     def __init__(self, task: HeadTask) -> None:
         super().__init__()
         self.task = task
-        self.residual = nn.Linear(task.spec.dimension, task.spec.classes, bias=False)
         self.register_buffer("prior", torch.from_numpy(task.prior * task.scale), persistent=False)
+
+
+class LinearHead(_Head):
+    """logits = τ·a·Pᵀ + a·Dᵀ for (…, d) features; D is the weight of one bias-free ``nn.Linear``."""
+
+    def __init__(self, task: HeadTask) -> None:
+        super().__init__(task)
+        self.residual = nn.Linear(task.spec.dimension, task.spec.classes, bias=False)
 
     def forward(self, features: Tensor) -> Tensor:
         inputs = centred_inputs(self.task, features)
@@ -79,34 +86,76 @@ class LinearHead(nn.Module):
         return logits
 
 
-class AttentionModule(nn.Module):
-    """FACMIC's feature attention with LayerNorm: logits = τ·unit(softmax(W2 r + b2) ⊙ a)·Pᵀ for (…, d) features."""
-
-    prior: Tensor
+class FeatureAdapter(_Head):
+    """An adapter between the image's feature and the class texts: logits = τ·z·Pᵀ with z = ``adapt(features)``."""
 
     def __init__(self, task: HeadTask) -> None:
-        super().__init__()
-        d = task.spec.dimension
-        self.task = task
-        self.hidden = nn.Linear(d, d)
-        self.norm = nn.LayerNorm(d)
-        self.output = nn.Linear(d, d)
-        self.register_buffer("prior", torch.from_numpy(task.prior * task.scale), persistent=False)
+        super().__init__(task)
+        shapes = task.spec.shapes
+        d, inner = task.spec.dimension, shapes["W1"][0]
+        self.hidden = nn.Linear(d, inner)
+        self.norm = nn.LayerNorm(inner) if "gamma" in shapes else nn.Identity()
+        self.output = nn.Linear(inner, d)
+
+    def layers(self, inputs: Tensor) -> Tensor:
+        """W2 r + b2, r the activation of W1 a√d + b1."""
+        hidden = self.norm(self.hidden(inputs * math.sqrt(self.task.spec.dimension)))
+        output: Tensor = self.output(self.activation(hidden))
+        return output
+
+    def activation(self, hidden: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def mixed(self, inputs: Tensor) -> Tensor:
+        """What z is the direction of."""
+        return torch.softmax(self.layers(inputs), dim=-1) * inputs
+
+    def adapt(self, features: Tensor) -> Tensor:
+        """z: unit rows for (…, d) features."""
+        return functional.normalize(self.mixed(centred_inputs(self.task, features)), dim=-1, eps=TINY)
 
     def forward(self, features: Tensor) -> Tensor:
-        inputs = centred_inputs(self.task, features)
-        hidden = self.norm(self.hidden(inputs * math.sqrt(self.task.spec.dimension)))
-        gate = torch.softmax(self.output(functional.leaky_relu(hidden, 0.01)), dim=-1)
-        adapted = functional.normalize(gate * inputs, dim=-1, eps=TINY)
-        logits: Tensor = adapted @ self.prior.T
+        logits: Tensor = self.adapt(features) @ self.prior.T
         return logits
+
+
+class AttentionModule(FeatureAdapter):
+    """FACMIC's feature attention with LayerNorm: z = unit(softmax(W2 LeakyReLU(LayerNorm(h)) + b2) ⊙ a)."""
+
+    def activation(self, hidden: Tensor) -> Tensor:
+        return functional.leaky_relu(hidden, 0.01)
+
+
+class TanhGate(FeatureAdapter):
+    """FedCLIP's adapter: z = unit(softmax(W2 tanh(h) + b2) ⊙ a)."""
+
+    def activation(self, hidden: Tensor) -> Tensor:
+        return torch.tanh(hidden)
+
+
+class Bottleneck(FeatureAdapter):
+    """A residual perceptron of width 64: z = unit(a + W2 relu(h) + b2)."""
+
+    def activation(self, hidden: Tensor) -> Tensor:
+        return torch.relu(hidden)
+
+    def mixed(self, inputs: Tensor) -> Tensor:
+        return inputs + self.layers(inputs)
+
+
+MODULES: Mapping[AdapterKind, type[_Head]] = {
+    "linear": LinearHead,
+    "facmic": AttentionModule,
+    "fedclip": TanhGate,
+    "bottleneck": Bottleneck,
+}
 
 
 def build_module(task: HeadTask, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """The task's module holding ``tensors``, on ``device`` in ``dtype``. Logits are without ``log_prior``."""
     # Torch fills new layers from its global generator; these values are overwritten, so its state is put back.
     with torch.random.fork_rng(devices=[]):
-        module = LinearHead(task) if task.spec.kind == "linear" else AttentionModule(task)
+        module = MODULES[task.spec.kind](task)
     module = module.to(device, dtype)
     values = to_tensors(task.spec, tensors, device=device, dtype=dtype)
     with torch.no_grad():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedsecure.errors import ModelError
-from fedsecure.learning.adapters import AdapterSpec
+from fedsecure.learning.adapters import FORMS, AdapterSpec
 from fedsecure.learning.evaluation import predict
 from fedsecure.learning.task import HeadTask
 
@@ -21,13 +21,17 @@ def test_facmic_has_the_published_number_of_parameters(d: int, expected: int) ->
     assert AdapterSpec("facmic", d, 4).parameters == expected
 
 
+def test_fedclip_and_the_bottleneck_have_the_sizes_of_their_papers() -> None:
+    assert AdapterSpec("fedclip", 512, 4).parameters == 525_312
+    assert AdapterSpec("bottleneck", 512, 4).parameters == 2 * 64 * 512 + 64 + 512
+    assert AdapterSpec("bottleneck", 16, 4).shapes["W1"] == (16, 16), "never wider than the features"
+
+
 def test_linear_has_one_weight_a_class_and_feature() -> None:
     assert AdapterSpec("linear", 512, 101).parameters == 512 * 101
 
 
-@given(
-    kind=st.sampled_from(["linear", "facmic"]), d=st.integers(2, 9), k=st.integers(2, 7), seed=st.binary(max_size=40)
-)
+@given(kind=st.sampled_from(list(FORMS)), d=st.integers(2, 9), k=st.integers(2, 7), seed=st.binary(max_size=40))
 @settings(max_examples=30, deadline=None)
 def test_flatten_and_unflatten_are_inverse(kind: str, d: int, k: int, seed: bytes) -> None:
     spec = AdapterSpec(kind, d, k)  # type: ignore[arg-type]
@@ -78,7 +82,7 @@ def test_constants_that_do_not_fit_are_refused() -> None:
             HeadTask(**{"spec": spec, "text": text, "centre": centre, "temperature": 1.0, **wrong})
 
 
-@pytest.mark.parametrize("kind", ["linear", "facmic"])
+@pytest.mark.parametrize("kind", list(FORMS))
 @pytest.mark.parametrize("centred", [False, True])
 def test_round_zero_is_zero_shot(kind: str, centred: bool) -> None:
     rng = np.random.default_rng(3)
@@ -106,7 +110,7 @@ def test_what_the_aggregator_needs_runs_without_torch() -> None:
     code = """
 import sys
 sys.modules["torch"] = None
-from fedsecure.learning.adapters import AdapterSpec
+from fedsecure.learning.adapters import FORMS, AdapterSpec
 from fedsecure.learning.evaluation import accuracy, balanced_accuracy
 from fedsecure.learning.training import suggest
 import fedsecure.learning.artefact, fedsecure.learning.engines, fedsecure.learning.features

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fedsecure.errors import ModelError, PrivacyError
-from fedsecure.learning.adapters import AdapterSpec
+from fedsecure.learning.adapters import FORMS, AdapterSpec
 from fedsecure.learning.engines import choose_engine, clipped_sum
 from fedsecure.learning.modules import build_module, resolve_device
 from fedsecure.learning.opacus_engine import ModuleTask, head_loss
@@ -69,7 +69,7 @@ def assert_close(found: Any, expected: Any, *, rel: float = 1e-10) -> None:
 
 
 @given(
-    kind=st.sampled_from(["linear", "facmic"]),
+    kind=st.sampled_from(list(FORMS)),
     units=st.integers(0, 9),
     records=st.integers(1, 4),
     d=st.integers(2, 12),
@@ -102,7 +102,7 @@ def test_closed_form_opacus_and_autograd_agree(
         assert_close(found, expected)
 
 
-@pytest.mark.parametrize("kind", ["linear", "facmic"])
+@pytest.mark.parametrize("kind", list(FORMS))
 def test_agreement_at_real_width(kind: str) -> None:
     task, tensors, rows = case(kind, units=12, records=3, d=512, k=7, seed=5)
     expected = autograd_loop(task, tensors, rows, 0.1)
@@ -112,7 +112,7 @@ def test_agreement_at_real_width(kind: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ["closed-form", "opacus"])
-@pytest.mark.parametrize("kind", ["linear", "facmic"])
+@pytest.mark.parametrize("kind", list(FORMS))
 @pytest.mark.parametrize("records", [1, 4])
 def test_one_unit_moves_the_sum_by_at_most_c(kind: str, records: int, engine: str) -> None:
     task, tensors, rows = case(kind, units=60, records=records, d=24, k=5, seed=11)
@@ -140,8 +140,9 @@ def test_one_unit_moves_the_sum_by_at_most_c(kind: str, records: int, engine: st
     assert max(moved[8], moved[9]) < 1e-15
 
 
-def test_a_units_gradient_does_not_notice_the_others() -> None:
-    task, tensors, rows = case("facmic", units=8, records=2, d=16, k=4, seed=2)
+@pytest.mark.parametrize("kind", list(FORMS))
+def test_a_units_gradient_does_not_notice_the_others(kind: str) -> None:
+    task, tensors, rows = case(kind, units=8, records=2, d=16, k=4, seed=2)
     alone = sum(clipped_sum(task, tensors, rows.select([i]), max_grad_norm=0.1, device="cpu") for i in range(8))  # type: ignore[arg-type]
     assert_close(clipped_sum(task, tensors, rows, max_grad_norm=0.1, device="cpu"), alone, rel=1e-12)
 
