@@ -143,7 +143,9 @@ class Client:
         self.close()
 
     def close(self) -> None:
-        """End the session; nothing that was charged is given back."""
+        """End the session and wipe keys that no round has used; nothing that was charged is given back."""
+        if "_rounds" in vars(self):  # not where joining failed
+            self._rounds.epochs.abort()
         self._line.close()
         self.ledger.close()
 

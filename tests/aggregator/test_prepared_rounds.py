@@ -77,6 +77,25 @@ def test_a_site_that_restarts_gets_new_keys_and_takes_part_again(tmp_path: Path)
     assert took_part[-2], "in the last training round again"
 
 
+def test_keys_that_no_round_used_are_wiped_with_the_session(tmp_path: Path) -> None:
+    world = World(tmp_path, rounds=2, waits={"prepared_rounds": 8})
+    world.start()
+    seeds: list[bytearray] = []
+
+    def looks() -> None:
+        with world.client("site-1") as client:
+            client.run()
+            (epoch,) = client._rounds.epochs._epochs.values()
+            seeds.extend(slot.seed for slot in epoch._slots.values())
+            assert len(seeds) == 6
+            assert all(any(seed) for seed in seeds)
+        assert epoch.slots_left == 0
+
+    world.run(looks, *(world.take_part(name) for name in world.names[1:]))
+    assert not world.errors
+    assert not any(any(seed) for seed in seeds)
+
+
 @pytest.mark.parametrize("prepared", [0, 2])
 def test_recorded_rounds_verify_and_a_changed_byte_is_found(tmp_path: Path, prepared: int) -> None:
     world = World(tmp_path, rounds=3, waits={"prepared_rounds": prepared, "transcripts": True})
