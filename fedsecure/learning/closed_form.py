@@ -23,7 +23,9 @@ from torch.nn import functional
 
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Vector
 from fedsecure.learning.engines import Precision
-from fedsecure.learning.modules import centred_inputs, to_tensors
+from fedsecure.learning.losses import classification_slope, contrast_slope
+from fedsecure.learning.modules import FeatureAdapter, build_poles, centred_inputs, to_tensors
+from fedsecure.learning.objective import Objective
 from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
 
@@ -63,19 +65,19 @@ def clipped_sum(
     plant: Plant | None = None,
     precision: Precision = "float64",
 ) -> Vector:
-    """Σ over units of clip_C(∇ of the mean cross-entropy over the unit's records), flat, in the spec's order.
+    """Σ over units of clip_C(∇ of the mean loss over the unit's records), flat, in the spec's order.
 
     See :func:`fedsecure.learning.engines.clipped_sum` for the contract. ``plant`` is for the audit alone
     (:mod:`fedsecure.learning.canaries`); labels past the last class are then its to replace. ``precision="float32"``
     takes an adapter's activations in float32, where their rows are seen to stand alone: gradients then err by about
-    1e-6 of their length, and the bound C holds as before.
+    1e-6 of their length, and the bound C holds as before. Objectives other than cross-entropy stay in float64.
     """
     records = units.mask.shape[1]
     in_blocks = task.spec.kind != "linear"
     if in_blocks:
         chunk = min(chunk, max(1, BLOCK // max(records, 1)))
     adapter = _Adapter.of(task, parameters, device=device)
-    if in_blocks and precision == "float32":
+    if in_blocks and precision == "float32" and task.objective.plain:
         largest = _padded(chunk * records)
         if _rows_stand_alone(task.spec, largest, device, torch.get_num_threads()):
             adapter = adapter.in_float32()
@@ -120,12 +122,15 @@ class _Adapter:
     tensors: Mapping[str, Tensor]
     prior: Tensor
     log_prior: Tensor | None
+    # The two released adapters of a contrast.
+    poles: Sequence[FeatureAdapter]
 
     @classmethod
     def of(cls, task: HeadTask, parameters: Mapping[str, Any], *, device: torch.device) -> _Adapter:
         tensors = to_tensors(task.spec, parameters, device=device, dtype=torch.float64)
         log_prior = None if task.log_prior is None else torch.as_tensor(task.log_prior).to(device, torch.float64)
-        return cls(task, tensors, torch.from_numpy(task.prior * task.scale).to(device), log_prior)
+        prior = torch.from_numpy(task.prior * task.scale).to(device)
+        return cls(task, tensors, prior, log_prior, build_poles(task, device=device))
 
     def in_float32(self) -> _Adapter:
         return replace(self, tensors={name: tensor.float() for name, tensor in self.tensors.items()})
@@ -133,8 +138,39 @@ class _Adapter:
     def factors(self, features: Tensor, labels: Tensor, weights: Tensor) -> Sequence[Factor]:
         """What the gradients of (n, d) records with these labels are made of, each times its weight."""
         inputs = centred_inputs(self.task, features.to(next(iter(self.tensors.values())).dtype))
-        backward = BACKWARD[self.task.spec.kind]
-        return backward(inputs, labels, weights, self.tensors, self.prior, self.log_prior)
+        with torch.no_grad():
+            poles = [pole.adapt(features.double()) for pole in self.poles]
+        slopes = _Slopes(self.task.objective, labels, weights, self.prior, self.log_prior, poles)
+        return BACKWARD[self.task.spec.kind](inputs, self.tensors, slopes)
+
+
+@dataclass(frozen=True, slots=True)
+class _Slopes:
+    """Gradients of records' losses, times their weights, in what an adapter gives out; float64."""
+
+    objective: Objective
+    labels: Tensor
+    weights: Tensor
+    prior: Tensor
+    log_prior: Tensor | None
+    poles: Sequence[Tensor]
+
+    def in_logits(self, logits: Tensor) -> Tensor:
+        """(n, K) for (n, K) logits."""
+        if self.log_prior is not None:
+            logits = logits + self.log_prior
+        return classification_slope(self.objective, logits, self.labels).mul_(self.weights[:, None])
+
+    def in_feature(self, adapted: Tensor) -> Tensor:
+        """(n, d) for (n, d) adapted unit features z, whose logits are τ·z·Pᵀ."""
+        toward = self.in_logits(adapted @ self.prior.T) @ self.prior
+        alignment, contrast = self.objective.alignment, self.objective.contrast
+        if alignment is not None:
+            toward += alignment.slope(adapted, self.labels) * self.weights[:, None]
+        if contrast is not None:
+            slope = contrast_slope(adapted, *self.poles, temperature=contrast.temperature)
+            toward += slope * (contrast.strength * self.weights[:, None])
+        return toward
 
 
 def _padded(count: int) -> int:
@@ -169,34 +205,12 @@ def _rows_stand_alone(spec: AdapterSpec, rows: int, device: torch.device, thread
     return all(torch.equal(a[order], b) for order in orders for a, b in zip(whole, run(order), strict=True))
 
 
-def _output_gradient(logits: Tensor, labels: Tensor, weights: Tensor, log_prior: Tensor | None) -> Tensor:
-    if log_prior is not None:
-        logits = logits + log_prior
-    probabilities = torch.softmax(logits, dim=-1)
-    probabilities[torch.arange(len(labels), device=labels.device), labels] -= 1
-    return probabilities * weights[:, None]
-
-
-def _linear(
-    inputs: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    tensors: Mapping[str, Tensor],
-    prior: Tensor,
-    log_prior: Tensor | None,
-) -> Sequence[Factor]:
-    error = _output_gradient(inputs @ (prior + tensors["D"]).T, labels, weights, log_prior)
+def _linear(inputs: Tensor, tensors: Mapping[str, Tensor], slopes: _Slopes) -> Sequence[Factor]:
+    error = slopes.in_logits(inputs @ (slopes.prior + tensors["D"]).T)
     return [Outer(error, inputs, bias=False)]
 
 
-def _attention(
-    inputs: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    tensors: Mapping[str, Tensor],
-    prior: Tensor,
-    log_prior: Tensor | None,
-) -> Sequence[Factor]:
+def _attention(inputs: Tensor, tensors: Mapping[str, Tensor], slopes: _Slopes) -> Sequence[Factor]:
     scaled = inputs * math.sqrt(inputs.shape[-1])
     hidden = torch.addmm(tensors["b1"], scaled, tensors["W1"].T)
     hidden -= hidden.mean(dim=-1, keepdim=True)
@@ -204,7 +218,7 @@ def _attention(
     normalised = hidden.mul_(rstd)
     affine = torch.addcmul(tensors["beta"], normalised, tensors["gamma"])
     active = functional.leaky_relu_(affine, LEAKY_SLOPE)
-    to_output = _gated(inputs, active, labels, weights, tensors, prior, log_prior)
+    to_output = _gated(inputs, active, tensors, slopes)
     to_affine = torch.ops.aten.leaky_relu_backward(to_output @ tensors["W2"], active, LEAKY_SLOPE, True)
     to_hidden = to_affine * tensors["gamma"]
     along = (to_hidden * normalised).mean(dim=-1, keepdim=True)
@@ -218,33 +232,19 @@ def _attention(
     ]
 
 
-def _tanh_gate(
-    inputs: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    tensors: Mapping[str, Tensor],
-    prior: Tensor,
-    log_prior: Tensor | None,
-) -> Sequence[Factor]:
+def _tanh_gate(inputs: Tensor, tensors: Mapping[str, Tensor], slopes: _Slopes) -> Sequence[Factor]:
     scaled = inputs * math.sqrt(inputs.shape[-1])
     active = torch.addmm(tensors["b1"], scaled, tensors["W1"].T).tanh_()
-    to_output = _gated(inputs, active, labels, weights, tensors, prior, log_prior)
+    to_output = _gated(inputs, active, tensors, slopes)
     to_hidden = (to_output @ tensors["W2"]).mul_(1 - active.square())
     return _two_layers(to_hidden, scaled, to_output, active)
 
 
-def _bottleneck(
-    inputs: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    tensors: Mapping[str, Tensor],
-    prior: Tensor,
-    log_prior: Tensor | None,
-) -> Sequence[Factor]:
+def _bottleneck(inputs: Tensor, tensors: Mapping[str, Tensor], slopes: _Slopes) -> Sequence[Factor]:
     scaled = inputs * math.sqrt(inputs.shape[-1])
     active = torch.addmm(tensors["b1"], scaled, tensors["W1"].T).relu_()
     mixed = torch.addmm(tensors["b2"], active, tensors["W2"].T).add_(inputs)
-    to_output = _to_direction(mixed, labels, weights, prior, log_prior)
+    to_output = _to_direction(mixed, slopes)
     to_hidden = (to_output @ tensors["W2"]).mul_(active > 0)
     return _two_layers(to_hidden, scaled, to_output, active)
 
@@ -256,35 +256,23 @@ def _two_layers(to_hidden: Tensor, scaled: Tensor, to_output: Tensor, active: Te
     ]
 
 
-def _gated(
-    inputs: Tensor,
-    active: Tensor,
-    labels: Tensor,
-    weights: Tensor,
-    tensors: Mapping[str, Tensor],
-    prior: Tensor,
-    log_prior: Tensor | None,
-) -> Tensor:
+def _gated(inputs: Tensor, active: Tensor, tensors: Mapping[str, Tensor], slopes: _Slopes) -> Tensor:
     """∂ℓ/∂(W2 r + b2) of the gate z = unit(softmax(W2 r + b2) ⊙ a)."""
     gate = torch.softmax(torch.addmm(tensors["b2"], active, tensors["W2"].T), dim=-1)
-    to_gate = _to_direction(gate * inputs, labels, weights, prior, log_prior).mul_(inputs)
+    to_gate = _to_direction(gate * inputs, slopes).mul_(inputs)
     return to_gate.sub_((gate * to_gate).sum(-1, keepdim=True)).mul_(gate)
 
 
-def _to_direction(mixed: Tensor, labels: Tensor, weights: Tensor, prior: Tensor, log_prior: Tensor | None) -> Tensor:
+def _to_direction(mixed: Tensor, slopes: _Slopes) -> Tensor:
     """∂ℓ/∂u of z = unit(u); ``mixed`` is u and is overwritten by z."""
     length = mixed.norm(dim=-1, keepdim=True).clamp_min_(TINY)
     adapted = mixed.div_(length)
     # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
-    error = _output_gradient(adapted.double() @ prior.T, labels, weights, log_prior)
-    toward = (error @ prior).to(mixed.dtype)
+    toward = slopes.in_feature(adapted.double()).to(mixed.dtype)
     return toward.addcmul_(adapted, (adapted * toward).sum(-1, keepdim=True), value=-1).div_(length)
 
 
-Backward = Callable[
-    [Tensor, Tensor, Tensor, Mapping[str, Tensor], Tensor, Tensor | None],
-    Sequence[Factor],
-]
+Backward = Callable[[Tensor, Mapping[str, Tensor], _Slopes], Sequence[Factor]]
 # Looked up by kind whenever it is used.
 BACKWARD: dict[AdapterKind, Backward] = {
     "linear": _linear,

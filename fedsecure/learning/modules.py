@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,6 +16,7 @@ from torch.nn import functional
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec
+from fedsecure.learning.losses import classification_loss, contrast_loss
 from fedsecure.learning.task import TINY, HeadTask
 
 
@@ -162,3 +163,61 @@ def build_module(task: HeadTask, tensors: Mapping[str, Any], *, device: torch.de
         for parameter, value in zip(module.parameters(), values.values(), strict=True):
             parameter.copy_(value)
     return module
+
+
+def build_poles(task: HeadTask, *, device: torch.device) -> Sequence[FeatureAdapter]:
+    """The frozen adapters of a contrast, anchor first, in float64; none without one."""
+    contrast = task.objective.contrast
+    if contrast is None:
+        return ()
+    held = (contrast.anchor, contrast.previous)
+    poles = [build_module(task, tensors, device=device, dtype=torch.float64) for tensors in held]
+    return [pole.requires_grad_(False) for pole in poles if isinstance(pole, FeatureAdapter)]
+
+
+class WithFeatures(nn.Module):
+    """An adapter of features whose outputs are what its task's objective looks at, end to end: logits, z and, with a
+    contrast, z under each of its poles."""
+
+    def __init__(self, task: HeadTask, adapter: nn.Module, poles: Sequence[FeatureAdapter]) -> None:
+        super().__init__()
+        assert isinstance(adapter, FeatureAdapter)
+        self.adapter = adapter
+        # Not registered: they are constants, and privacy engines would look for their gradients.
+        self._poles = tuple(pole.adapt for pole in poles)
+
+    def forward(self, features: Tensor) -> Tensor:
+        adapted = self.adapter.adapt(features)
+        fixed = [adapt(features) for adapt in self._poles]
+        return torch.cat([adapted @ self.adapter.prior.T, adapted, *fixed], dim=-1)
+
+
+def build_trained(task: HeadTask, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """As :func:`build_module`, with the outputs that :func:`record_loss` takes."""
+    module = build_module(task, tensors, device=device, dtype=dtype)
+    if not task.objective.of_features:
+        return module
+    return WithFeatures(task, module, build_poles(task, device=device))
+
+
+def record_loss(task: HeadTask, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
+    """The task's loss of each record, from outputs of :func:`build_trained` (…, w) and labels (…,); float64.
+
+    The task's log prior is added to the logits.
+    """
+    log_prior = None if task.log_prior is None else torch.as_tensor(task.log_prior).to(device, torch.float64)
+    classes, width, objective = task.spec.classes, task.spec.dimension, task.objective
+
+    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        logits, rest = outputs[..., :classes], outputs[..., classes:]
+        total = classification_loss(objective, logits if log_prior is None else logits + log_prior, labels)
+        adapted, *poles = torch.split(rest, width, dim=-1) if objective.of_features else (rest,)
+        if objective.alignment is not None:
+            rows = objective.alignment.loss(adapted.reshape(-1, width), labels.reshape(-1))
+            total = total + rows.reshape(labels.shape)
+        if objective.contrast is not None:
+            apart = contrast_loss(adapted, *poles, temperature=objective.contrast.temperature)
+            total = total + objective.contrast.strength * apart
+        return total
+
+    return loss

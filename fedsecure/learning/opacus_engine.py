@@ -15,12 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import Vector
 from fedsecure.learning.closed_form import CANCELLED, SAFETY
-from fedsecure.learning.modules import build_module
+from fedsecure.learning.modules import build_trained, record_loss
 from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
 
@@ -39,11 +38,13 @@ class ModuleTask:
         build: makes a fresh module from the parameters; called for every clipped sum.
         loss: (outputs for (U, m, d) features, (U, m) int64 labels) → (U, m) losses, one a record, each depending on
             that record alone. Padded records are zeros with label 0 and are ignored.
+        chunk: records in activations at a time, where the module is too large for the engine's own number.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     build: Callable[[Mapping[str, Any]], nn.Module]
     loss: RecordLoss
+    chunk: int | None = None
 
 
 def clipped_sum(
@@ -62,8 +63,8 @@ def clipped_sum(
         ModelError: FS-1642 when the module's trainable parameters are not those of ``task.shapes``.
     """
     if isinstance(task, HeadTask):
-        module = build_module(task, parameters, device=device, dtype=torch.float64)
-        loss = head_loss(task, device)
+        module = build_trained(task, parameters, device=device, dtype=torch.float64)
+        loss = record_loss(task, device)
     else:
         module = task.build(parameters).to(device, torch.float64)
         loss = task.loss
@@ -135,18 +136,6 @@ def _quiet_hooks() -> Iterator[None]:
         # The first layer's inputs need no gradient; Opacus's hooks only read gradients of outputs.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield
-
-
-def head_loss(task: HeadTask, device: torch.device) -> RecordLoss:
-    """Cross-entropy of each record, with the task's log prior added to the logits."""
-    log_prior = None if task.log_prior is None else torch.as_tensor(task.log_prior).to(device, torch.float64)
-
-    def loss(logits: Tensor, labels: Tensor) -> Tensor:
-        if log_prior is not None:
-            logits = logits + log_prior
-        return functional.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")
-
-    return loss
 
 
 def check_module(module: nn.Module) -> None:

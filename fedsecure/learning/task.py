@@ -1,10 +1,11 @@
-"""What an adapter is trained for: per-record cross-entropy against fixed text embeddings (facmic.md §5.4-1).
+"""What an adapter is trained for: a per-record loss against fixed text embeddings (facmic.md §5.4-1).
 
 With a unit input a = unit(unit(x) − centre), prior rows P and τ = ``scale`` the logits are
 
 * linear (accuracy.md, "The best configuration"): τ·a·Pᵀ + a·Dᵀ; D = 0 is zero-shot;
 * facmic (facmic.md §1.2): z0 = a·√d, h = W1 z0 + b1, r = LeakyReLU(LayerNorm(h)), s = softmax(W2 r + b2),
-  z = unit(s ⊙ a), τ·z·Pᵀ (+ log prior); W2 = b2 = 0 makes s constant, so this too is zero-shot.
+  z = unit(s ⊙ a), τ·z·Pᵀ (+ log prior); W2 = b2 = 0 makes s constant, so this too is zero-shot;
+* fedclip: the same with r = tanh(h); bottleneck: z = unit(a + W2 relu(h) + b2), with W1 of 64 rows.
 
 ``centre`` is a public mean of image features. Where there is one, the text rows are centred by their own mean, since
 images and texts live in different cones, and scaled back to unit length; where there is none (zeros) nothing is centred
@@ -20,6 +21,7 @@ import numpy.typing as npt
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
+from fedsecure.learning.objective import CROSS_ENTROPY, Objective
 
 TINY = 1e-12
 # Over the classes of one image, uncentred cosines spread less than centred ones: by 2.0 with the image priors of the
@@ -37,9 +39,11 @@ class HeadTask:
         centre: (d,) float32 public mean of unit image features, or zeros.
         temperature: > 0, for centred cosines; ``scale`` is what the logits get.
         log_prior: (K,) float32 added to the logits in training only (facmic.md §5.4-1), or None.
+        objective: the loss in training; cross-entropy unless said otherwise.
 
     Raises:
-        ModelError: FS-1633 when a constant has another shape, is not finite, or τ ≤ 0.
+        ModelError: FS-1633 when a constant has another shape, is not finite, or τ ≤ 0; FS-1647 for an objective in
+            adapted features with the linear head, which has none.
     """
 
     spec: AdapterSpec
@@ -47,6 +51,7 @@ class HeadTask:
     centre: Float32
     temperature: float
     log_prior: Float32 | None = None
+    objective: Objective = CROSS_ENTROPY
 
     def __post_init__(self) -> None:
         d, k = self.spec.dimension, self.spec.classes
@@ -68,6 +73,14 @@ class HeadTask:
                 f"temperature {self.temperature}",
                 expected="a finite value above 0",
                 cure="set method.temperature to auto or to a positive number",
+            )
+
+        if self.objective.of_features and "D" in self.spec.shapes:
+            raise ModelError(
+                "FS-1647",
+                f"alignment or contrast with the {self.spec.kind} adapter",
+                expected="an adapter of features: it is the adapted feature that is aligned or contrasted",
+                cure="set method.alignment = 0, or choose facmic, fedclip or bottleneck",
             )
 
     @property

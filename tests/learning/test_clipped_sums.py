@@ -16,8 +16,8 @@ from torch import nn
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import FORMS, AdapterSpec
 from fedsecure.learning.engines import choose_engine, clipped_sum
-from fedsecure.learning.modules import build_module, resolve_device
-from fedsecure.learning.opacus_engine import ModuleTask, head_loss
+from fedsecure.learning.modules import build_module, record_loss, resolve_device
+from fedsecure.learning.opacus_engine import ModuleTask
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.units import UnitFeatures
 
@@ -48,7 +48,7 @@ def case(
 def autograd_loop(task: HeadTask, tensors: Mapping[str, Any], units: UnitFeatures, clip: float) -> Any:
     """The definition: one backward pass a unit, over its real records only."""
     module = build_module(task, tensors, device=CPU, dtype=torch.float64)
-    loss = head_loss(task, CPU)
+    loss = record_loss(task, CPU)
     parameters = list(module.parameters())
     total = torch.zeros(task.spec.parameters, dtype=torch.float64)
     for row in range(len(units)):

@@ -1,0 +1,77 @@
+"""What a record's loss is beside plain cross-entropy, as data and without torch.
+
+Every term depends on one record, on released adapters and on public constants only, so that clipping bounds what a
+record can do whatever the weights are (facmic.md §5.3). The formulas are in :mod:`fedsecure.learning.losses`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from fedsecure.errors import ModelError
+
+if TYPE_CHECKING:
+    from fedsecure.learning.alignment import Witness
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Contrast:
+    """MOON's term (Li, He, Song: Model-Contrastive Federated Learning, CVPR 2021, equation 3), per record.
+
+    Attributes:
+        anchor: tensors of the round's common adapter, to whose features a record's are drawn.
+        previous: tensors of this site's adapter at the end of its last round, from whose features they are pushed.
+        strength: μ ≥ 0.
+        temperature: > 0.
+    """
+
+    anchor: Mapping[str, Any]
+    previous: Mapping[str, Any]
+    strength: float = 1.0
+    temperature: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Objective:
+    """A per-record loss: focal cross-entropy with smoothed labels, plus terms in the adapted feature z.
+
+    Attributes:
+        focal: γ of the focal loss (Lin et al., ICCV 2017), 0 or at least 1; 0 is cross-entropy.
+        smoothing: share of the label spread evenly over the classes, in [0, 1).
+        alignment: FACMIC's local maximum mean discrepancy in its witness form, or None.
+        contrast: MOON's contrast, or None.
+
+    Raises:
+        ModelError: FS-1646 a value out of its range.
+    """
+
+    focal: float = 0.0
+    smoothing: float = 0.0
+    alignment: Witness | None = None
+    contrast: Contrast | None = None
+
+    def __post_init__(self) -> None:
+        focal, smoothing = self.focal, self.smoothing
+        if not (0 <= smoothing < 1 and (focal == 0 or (math.isfinite(focal) and focal >= 1))):
+            raise ModelError(
+                "FS-1646",
+                f"an objective with focal = {focal} and smoothing = {smoothing}",
+                expected="focal 0 or at least 1, where its gradient is bounded, and smoothing in [0, 1)",
+                cure="report it to the method's author",
+            )
+
+    @property
+    def plain(self) -> bool:
+        """Cross-entropy and nothing else."""
+        return not (self.focal or self.smoothing or self.of_features)
+
+    @property
+    def of_features(self) -> bool:
+        """Whether a term looks at the adapted feature, which the linear head does not have."""
+        return self.alignment is not None or self.contrast is not None
+
+
+CROSS_ENTROPY = Objective()
