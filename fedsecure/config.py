@@ -152,12 +152,20 @@ class SiteEntry(_Section):
         max_units: declared maximum number of training units; public. Weights and the normaliser use it.
         evaluation_units: declared maximum number of evaluation units; 0 for none.
         evaluation_public: the evaluation set is declared public and may be counted exactly.
+        sampling_rate: of this training site, in place of ``privacy.sampling_rate``.
     """
 
     role: Literal["train", "evaluate"] = "train"
     max_units: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     evaluation_units: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     evaluation_public: bool = False
+    sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
+
+    @model_validator(mode="after")
+    def _check_rate(self) -> Self:
+        if self.role != "train" and self.sampling_rate is not None:
+            raise ValueError("sampling_rate is of training sites; this one only evaluates")
+        return self
 
 
 # Sites times prepared rounds: a set-up's messages take up to 128 bytes for each, and a call carries 8 MiB.
@@ -225,11 +233,18 @@ class RunSettings(_Section):
             raise ValueError("every training site declares max_units >= 1")
         if self.privacy.noise == "distributed" and self.method.local_steps != 1:
             raise ValueError('local_steps must be 1 with noise = "distributed": every step is a secure sum')
+        if self.privacy.no_privacy and set(self.sampling_rates().values()) != {1.0}:
+            raise ValueError("no_privacy goes with sampling_rate = 1 at every site")
         return self
 
     def declared_units(self) -> dict[str, int]:
         """Declared maximum number of training units of each training site."""
         return {site: entry.max_units for site, entry in sorted(self.sites.items()) if entry.role == "train"}
+
+    def sampling_rates(self) -> dict[str, float]:
+        """q of each training site: its own where its entry names one, else the run's."""
+        rates = {site: self.sites[site].sampling_rate for site in self.declared_units()}
+        return {site: self.privacy.sampling_rate if rate is None else rate for site, rate in rates.items()}
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""

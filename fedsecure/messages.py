@@ -115,7 +115,8 @@ class Query:
         cohort: site ids in protocol order; position k has protocol index k + 1.
         inputs: name → SHA-256 of every tensor broadcast with the query.
         segments: layout of the ring vector.
-        events: what the answer costs each site.
+        events: what the answer costs the site that is sampled most; each site works out its own price from the run's
+            settings (:func:`fedsecure.privacy.plan.paid_by`).
         ring_bits: b, 32 or 16: the sum is taken modulo 2^b (secagg.md §4.2).
     """
 

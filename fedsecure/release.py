@@ -26,6 +26,7 @@ from fedsecure.privacy import policy
 from fedsecure.privacy.grid import privatise_on_grid, round_to_grid
 from fedsecure.privacy.ledger import Ledger, Reservation
 from fedsecure.privacy.noise import PrivacyRng
+from fedsecure.privacy.plan import paid_by
 from fedsecure.privacy.ring16 import RING_BITS, sum_records
 from fedsecure.secagg.client import MaskedInput
 from fedsecure.secagg.ring import to_ring
@@ -180,8 +181,9 @@ class Door:
         policy.check_query(query, self.settings, self.config.policy)
 
     def charges(self, query: Query) -> tuple[Event, ...]:
-        """The query's events that this site pays: those about a population it holds privately."""
-        return tuple(e for e in query.events if e.population in self.sources and not self.sources[e.population].public)
+        """What this site pays: the events about a population it holds privately, at its own sampling rate."""
+        events = paid_by(self.config.site, query.events, self.settings)
+        return tuple(e for e in events if e.population in self.sources and not self.sources[e.population].public)
 
     def release(
         self,

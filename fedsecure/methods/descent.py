@@ -67,7 +67,8 @@ class AdapterDescent:
         current = spec.flatten(state.tensors)
         if settings.privacy.noise == "distributed":
             rate, _ = self.rate(settings, cohort)
-            expected = sum(settings.declared_units().values()) * settings.privacy.sampling_rate
+            rates = settings.sampling_rates()
+            expected = sum(rates[site] * units for site, units in settings.declared_units().items())
             following = current - rate * aggregate.values["gradient"] / expected
         else:
             following = current + aggregate.values["change"]
@@ -83,9 +84,9 @@ class AdapterDescent:
         spec = self.spec(settings)
         rate, _ = self.rate(settings, cohort)
         task = self.task(settings, release.features)
-        norm = settings.privacy.max_grad_norm
+        norm, own_rate = settings.privacy.max_grad_norm, settings.sampling_rates()[release.site]
         if settings.privacy.noise == "distributed":
-            drawn = units if settings.privacy.sampling_rate == 1 else units.select(release.sample(len(units)))
+            drawn = units if own_rate == 1 else units.select(release.sample(len(units)))
             how: Any = {"max_grad_norm": norm, "engine": release.engine, "device": release.device}
             if settings.privacy.ring_bits == RING_BITS:
                 values = release.sum_units("gradient", clipped_units(task, inputs, drawn, **how))
@@ -101,7 +102,7 @@ class AdapterDescent:
             steps=settings.method.local_steps,
             learning_rate=rate,
             max_grad_norm=norm,
-            normaliser=own * settings.privacy.sampling_rate,
+            normaliser=own * own_rate,
             sample=release.sample,
             privatise=release.privatise,
             engine=release.engine,
@@ -185,4 +186,5 @@ def _plan(canonical: str, cohort: Cohort, parameters: int) -> PrivacyPlan:
         rounds=settings.method.rounds,
         local_steps=settings.method.local_steps,
         cohort=cohort,
+        sampling_rates=settings.sampling_rates(),
     )

@@ -106,7 +106,8 @@ class OneRelease:
             PrivacyError: as :meth:`fedsecure.privacy.plan.Privacy.plan`.
         """
         method, privacy = settings.method, settings.privacy
-        found = (method.rounds, method.local_steps, privacy.sampling_rate, method.learning_rate)
+        rate = min(settings.sampling_rates().values())
+        found = (method.rounds, method.local_steps, rate, method.learning_rate)
         if found != (1, 1, 1.0, "auto"):
             raise ConfigError(
                 "FS-1014",

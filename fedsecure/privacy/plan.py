@@ -8,13 +8,13 @@ instead of wasting the budget.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pydantic import ValidationError
 
-from fedsecure.config import PrivacyConfig
+from fedsecure.config import PrivacyConfig, RunSettings
 from fedsecure.errors import ConfigError, PrivacyError
 from fedsecure.messages import Event
 from fedsecure.privacy import accounting
@@ -44,12 +44,12 @@ class PrivacyPlan:
     """The price and the promise of a run; all numbers are public.
 
     Attributes:
-        round_events: what one attempt of one round charges each site.
+        round_events: what one attempt of one round charges the site that is sampled most (:func:`paid_by`).
         rounds: communication rounds.
         attempts: rounds plus spare attempts: how often ``round_events`` may be charged within
         ``target_epsilon``.
-        epsilon: ε(δ) when every attempt is used, against whoever sees the sums or models, and the aggregator
-            with at most c sites.
+        epsilon: ε(δ) when every attempt is used, of the site that pays most, against whoever sees the sums or
+            models, and the aggregator with at most c sites.
         epsilon_expected: the same when no attempt fails.
         epsilon_beyond: ε(δ) against the aggregator with more than c sites, all attempts used.
         mu: μ of all attempts; ``None`` under Poisson sampling.
@@ -57,7 +57,7 @@ class PrivacyPlan:
         sum_mu: √steps · q / sum_noise_multiplier over the expected rounds: the strength of the whole signal
             of one unit, which the learning rate follows.
         signal_to_noise: greatest norm of a step's summed signal over the expected norm of its noise.
-        parameters: p, trained parameters; units: declared training units by site.
+        parameters: p, trained parameters; units: declared training units by site; sampling_rates: q by site.
     """
 
     round_events: tuple[Event, ...]
@@ -78,6 +78,7 @@ class PrivacyPlan:
     signal_to_noise: float
     parameters: int
     units: Mapping[str, int]
+    sampling_rates: Mapping[str, float]
     colluders: int
 
     def table(self) -> list[tuple[str, str]]:
@@ -85,6 +86,8 @@ class PrivacyPlan:
         places = {"distributed": "shared by the sites, inside the secure sum", "local": "whole at each site"}
         (event,) = self.round_events
         sampling = "full batch" if event.sampling_rate == 1 else f"Poisson, rate {event.sampling_rate:g}"
+        if len(set(self.sampling_rates.values())) > 1:
+            sampling = "Poisson, " + ", ".join(f"{site} {rate:g}" for site, rate in self.sampling_rates.items())
         return [
             ("privacy unit", self.unit),
             ("target", f"ε = {self.target_epsilon:g} at δ = {self.delta:g}"),
@@ -138,6 +141,7 @@ class Privacy(PrivacyConfig):
         rounds: int,
         cohort: CohortNumbers,
         local_steps: int = 1,
+        sampling_rates: Mapping[str, float] | None = None,
     ) -> PrivacyPlan:
         """Noise, price and predicted signal of a run; reads no data.
 
@@ -147,6 +151,8 @@ class Privacy(PrivacyConfig):
             rounds: communication rounds.
             cohort: number of sites, c and u_min.
             local_steps: steps a site takes per round; 1 with distributed noise.
+            sampling_rates: q of every training site; by default ``sampling_rate`` at each. All have the same noise
+                multiplier, enough for the site that is sampled most, and each pays for its own rate.
 
         Raises:
             PrivacyError: FS-1203 δ is not below 1 over a site's units; FS-1204 the signal would drown in the
@@ -167,33 +173,23 @@ class Privacy(PrivacyConfig):
                 cure="choose a smaller delta",
             )  # fmt: skip
         attempts = rounds + self.spare_attempts
-        z = (
-            TOKEN_NOISE
-            if self.no_privacy
-            else accounting.calibrate(
-                self.target_epsilon,
-                self.delta,
-                steps=attempts * local_steps,
-                sampling_rate=self.sampling_rate,
-                shared=self.noise == "distributed",
-            )
-            if self.noise_multiplier == "auto"
-            else float(self.noise_multiplier)
-        )
         distributed = self.noise == "distributed"
-        event = Event(
+        rates = dict.fromkeys(units, self.sampling_rate) if sampling_rates is None else dict(sampling_rates)
+        z = self._multiplier(set(rates.values()), steps=attempts * local_steps)
+        one = Event(
             population="train",
             purpose="training",
             noise_multiplier=z,
             local_noise_multiplier=z / math.sqrt(cohort.honest) if distributed else z,
-            sampling_rate=self.sampling_rate,
+            sampling_rate=max(rates.values()),
             steps=local_steps,
         )
+        each = [replace(one, sampling_rate=rate) for rate in sorted(set(rates.values()))]
         sum_noise = z * math.sqrt(cohort.sites / cohort.honest if distributed else cohort.sites)
-        signal = self.sampling_rate * sum(units.values()) / (sum_noise * math.sqrt(parameters))
-        every = (event,) * attempts
+        sampled = math.fsum(rates[site] * count for site, count in units.items())
+        signal = sampled / (sum_noise * math.sqrt(parameters))
         plan = PrivacyPlan(
-            round_events=(event,),
+            round_events=(one,),
             target_epsilon=self.target_epsilon,
             delta=self.delta,
             unit=self.unit,
@@ -202,15 +198,16 @@ class Privacy(PrivacyConfig):
             rounds=rounds,
             local_steps=local_steps,
             attempts=attempts,
-            epsilon=accounting.epsilon(every, delta=self.delta),
-            epsilon_expected=accounting.epsilon((event,) * rounds, delta=self.delta),
-            epsilon_beyond=accounting.epsilon(every, delta=self.delta, adversary="beyond"),
-            mu=accounting.mu(every),
+            epsilon=max(accounting.epsilon((e,) * attempts, delta=self.delta) for e in each),
+            epsilon_expected=max(accounting.epsilon((e,) * rounds, delta=self.delta) for e in each),
+            epsilon_beyond=max(accounting.epsilon((e,) * attempts, delta=self.delta, adversary="beyond") for e in each),
+            mu=accounting.mu(each * attempts) if len(each) == 1 else None,
             sum_noise_multiplier=sum_noise,
-            sum_mu=self.sampling_rate * math.sqrt(rounds * local_steps) / sum_noise,
+            sum_mu=sampled / sum(units.values()) * math.sqrt(rounds * local_steps) / sum_noise,
             signal_to_noise=signal,
             parameters=parameters,
             units=dict(units),
+            sampling_rates=rates,
             colluders=cohort.colluders,
         )
         if signal < self.minimum_signal_to_noise:
@@ -226,6 +223,33 @@ class Privacy(PrivacyConfig):
                 + "a smaller adapter, fewer rounds, or more records",
             )
         return plan
+
+    def _multiplier(self, rates: Iterable[float], *, steps: int) -> float:
+        """z, enough for each of several sampling rates: two accountants are in play, so the largest need not do."""
+        if self.no_privacy:
+            return TOKEN_NOISE
+        if self.noise_multiplier != "auto":
+            return float(self.noise_multiplier)
+        shared = self.noise == "distributed"
+        return max(
+            accounting.calibrate(self.target_epsilon, self.delta, steps=steps, sampling_rate=rate, shared=shared)
+            for rate in rates
+        )
+
+
+def paid_by(site: str, events: Iterable[Event], settings: RunSettings) -> tuple[Event, ...]:
+    """What some of a run's events cost one site: a training event at the run's largest rate, at this site's own.
+
+    Any other event stands as it is, so that a method which samples otherwise never pays less than it says.
+    """
+    rates = settings.sampling_rates()
+    largest = max(rates.values())
+    return tuple(
+        replace(event, sampling_rate=rates.get(site, event.sampling_rate))
+        if event.population == "train" and event.sampling_rate == largest
+        else event
+        for event in events
+    )
 
 
 def _check_numbers(

@@ -10,6 +10,7 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from fedsecure.config import RunSettings
@@ -100,7 +101,7 @@ def site_report(
             unit=privacy.unit,
             cap=privacy.max_records_per_unit,
             noise=privacy.noise,
-            sampling_rate=privacy.sampling_rate,
+            rates=plan.sampling_rates,
             sites=privacy.max_sites_per_patient,
         ),
         "not_protected": list(NOT_PROTECTED),
@@ -283,7 +284,7 @@ def _events(entries: Iterable[Entry]) -> list[Event]:
 def _mechanism(settings: RunSettings, plan: PrivacyPlan, *, seeded: bool) -> dict[str, Any]:
     privacy = settings.privacy
     (event,) = plan.round_events
-    full = privacy.sampling_rate == 1
+    rates = plan.sampling_rates
     return {
         "method": settings.method.name,
         "parameters": plan.parameters,
@@ -291,15 +292,16 @@ def _mechanism(settings: RunSettings, plan: PrivacyPlan, *, seeded: bool) -> dic
         "noise_multiplier": plan.noise_multiplier,
         "local_noise_multiplier": event.local_noise_multiplier,
         "clip_norm": privacy.max_grad_norm,
-        "sampling": "full batch" if full else "Poisson",
-        "sampling_rate": privacy.sampling_rate,
+        "sampling": "full batch" if set(rates.values()) == {1.0} else "Poisson",
+        "sampling_rate": event.sampling_rate,
+        "sampling_rates": dict(rates),
         "rounds_planned": plan.rounds,
         "local_steps": plan.local_steps,
         "spare_attempts": privacy.spare_attempts,
         "target_epsilon": privacy.target_epsilon,
         "signal_to_noise": plan.signal_to_noise,
         "relation": "zero-out (REPLACE_SPECIAL); the number of units is public",
-        "accountant": _ACCOUNTANTS[accounting.accountant(plan.round_events)],
+        "accountant": _ACCOUNTANTS[accounting.accountant(replace(event, sampling_rate=q) for q in rates.values())],
         "generator": f"a seed: {SEEDED}" if seeded else "AES-256-CTR keyed by the operating system",
         "declared_units": dict(plan.units),
     }

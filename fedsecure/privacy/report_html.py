@@ -18,7 +18,7 @@ from fedsecure.errors import EnvironmentProblem
 from fedsecure.files import write_whole
 from fedsecure.privacy.report import SCHEMA_VERSION
 from fedsecure.privacy.report_figures import by_purpose, events_of, several_sites
-from fedsecure.privacy.report_text import exposure, power
+from fedsecure.privacy.report_text import exposure, power, rates_by_site
 from fedsecure.privacy.report_verify import check_format, no_report
 
 if TYPE_CHECKING:
@@ -153,6 +153,7 @@ def _mechanism_rows(m: Mapping[str, Any]) -> list[tuple[str, str]]:
         "distributed": "exact discrete Gaussian, a share from each site, whole only in the secure sum",
         "local": "Gaussian, whole at each site and each local step",
     }[m["noise"]]
+    rates = m.get("sampling_rates") or {"every site": m["sampling_rate"]}
     return [
         ("method", f"{m['method']}, {m['parameters']:,} trained parameters"),
         ("clip norm of a unit", f"{m['clip_norm']:g}"),
@@ -161,7 +162,7 @@ def _mechanism_rows(m: Mapping[str, Any]) -> list[tuple[str, str]]:
             "noise multiplier a step",
             f"{m['noise_multiplier']:.4g} (a site's own share {m['local_noise_multiplier']:.4g})",
         ),
-        ("sampling", m["sampling"] + ("" if m["sampling"] == "full batch" else f", rate {m['sampling_rate']:g}")),
+        ("sampling", m["sampling"] + ("" if m["sampling"] == "full batch" else f", rate {rates_by_site(rates)}")),
         (
             "planned",
             f"{m['rounds_planned']} rounds × {m['local_steps']} local step(s), spare attempts: {m['spare_attempts']}",

@@ -65,12 +65,20 @@ def power(value: float) -> str:
     return f"10{raised}" if digits == "1" else f"{digits}·10{raised}"
 
 
-def assumptions(*, unit: str, cap: int, noise: str, sampling_rate: float, sites: int) -> list[str]:
-    """What has to be true for the figures to hold; ``sites``: at how many of them a unit may be."""
+def rates_by_site(rates: Mapping[str, float]) -> str:
+    """Sampling rates in words: one number where all sites have the same."""
+    if len(set(rates.values())) == 1:
+        return f"{next(iter(rates.values())):g}"
+    return ", ".join(f"{rate:g} at {site}" for site, rate in rates.items())
+
+
+def assumptions(*, unit: str, cap: int, noise: str, rates: Mapping[str, float], sites: int) -> list[str]:
+    """What has to be true for the figures to hold; ``rates``: sampling rate by site; ``sites``: at how many of them a
+    unit may be."""
     sampled = (
         "every unit takes part in every step (full batch)"
-        if sampling_rate == 1
-        else f"each unit takes part in a step independently with probability {sampling_rate:g}, in secret"
+        if set(rates.values()) == {1.0}
+        else f"each unit takes part in a step independently with probability {rates_by_site(rates)}, in secret"
     )
     return [
         f"at most {cap} images of a patient are used and all carry the same patient id"

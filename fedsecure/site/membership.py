@@ -18,7 +18,7 @@ from fedsecure.methods.base import ServerState, TrainingMethod
 from fedsecure.methods.cohorts import check_roles, cohort_of
 from fedsecure.methods.registry import load_training_method
 from fedsecure.privacy.ledger import Ledger
-from fedsecure.privacy.plan import PrivacyPlan
+from fedsecure.privacy.plan import PrivacyPlan, paid_by
 from fedsecure.site.line import Moment, Progress
 from fedsecure.wire import federation_pb2 as pb
 
@@ -143,7 +143,7 @@ def _check_budget(settings: RunSettings, plan: PrivacyPlan, *, config: SiteConfi
         )
     # After a restart in the middle of a run, the rounds charged before are spent, not ahead.
     mine = {e.round for e in ledger.history(train.name, "train") if e.run == run.hex()}
-    ahead = plan.round_events * max(0, settings.method.rounds - len(mine))
+    ahead = paid_by(config.site, plan.round_events, settings) * max(0, settings.method.rounds - len(mine))
     ledger.afford(
         dataset=train.name,
         population="train",

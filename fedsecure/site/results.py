@@ -23,6 +23,7 @@ from fedsecure.learning.engines import choose_engine
 from fedsecure.messages import SiteState
 from fedsecure.methods.base import Tensor
 from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.plan import paid_by
 from fedsecure.privacy.report import site_report
 from fedsecure.privacy.report_verify import PURPOSE, sign_report
 from fedsecure.site.membership import Membership
@@ -103,8 +104,9 @@ def adapter_epsilon(member: Membership, outcome: Mapping[str, Any]) -> float:
 
     paid = sum(attempt["stage"] == "training" for attempt in outcome.get("attempts", ()))
     settings = member.settings
-    events = member.plan.round_events * max(settings.method.rounds, paid)
-    return epsilon(events, delta=settings.privacy.delta)
+    rounds = max(settings.method.rounds, paid)
+    prices = {paid_by(site, member.plan.round_events, settings) for site in settings.declared_units()}
+    return max(epsilon(price * rounds, delta=settings.privacy.delta) for price in prices)
 
 
 def signed_report(

@@ -46,7 +46,9 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     trial = tmp_path / "trial"
     trial.mkdir()
     file = world.features.rename(trial / "embeddings.npz")
-    renamed = {site: world.settings.sites[name] for site, name in zip(SITES, world.names, strict=True)}
+    # The page's snippets hand in the whole file, 90 records.
+    entries = [world.settings.sites[name].model_copy(update={"max_units": 90}) for name in world.names]
+    renamed = dict(zip(SITES, entries, strict=True))
     plans = {
         site: SitePlan(
             train=DatasetConfig(name="mri-2026", path=file, split="train", rows=(index, 3)),
