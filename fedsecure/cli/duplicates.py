@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fedsecure.cli.options import Json
+
 if TYPE_CHECKING:
     from fedsecure.data.dataset import Dataset
     from fedsecure.data.duplicates import Overlap
@@ -25,7 +27,7 @@ def duplicates(
         int | None, typer.Option(help="Also pictures that look alike: hashes differ in at most so many bits of 64.")
     ] = None,
     write: Annotated[Path | None, typer.Option(help="Manifest (.csv) to write, in which every image is once.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else on stdout.")] = False,
+    as_json: Json = False,
 ) -> None:
     """Find images that several sites hold. For whoever has all the folders; nothing is removed."""
     from rich.progress import Progress
