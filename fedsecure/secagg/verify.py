@@ -203,6 +203,10 @@ class _Check:
         message = transcript.decode(pb.ServerMessage, record.data, **self._sizes())
         kind, verdict, d = str(message.WhichOneof("kind")), self.verdict, self.descriptor
         phase = _BROADCASTS.index(kind)
+        # Only sealed shares differ from site to site: a second sum for one site alone would hide beside the first.
+        alike = (record.site == EVERYONE) == (kind != "routed_shares")
+        if not verdict.require(alike, "FS-1383", f"{kind} was not sent to all alike", AGGREGATOR):
+            return
         again = (kind, record.site) in self._sent
         verdict.require(not again, "FS-1383", f"{kind} was sent twice", AGGREGATOR)
         late = phase + 1 < self._phase or not self._due(phase)
