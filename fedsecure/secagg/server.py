@@ -275,8 +275,9 @@ class SecAggServer:
         d, b = self._descriptor.length, self._descriptor.ring_bits
         if (header.length, header.ring_bits) != (d, b):
             raise broken("FS-1329", f"{header.length} words of {header.ring_bits} bits", f"{d} of {b}")
-        if not set(header.invalid_from) <= set(public.commitments):
-            raise transcript.malformed("a report about shares of a stranger")
+        reported = set(header.invalid_from)
+        if len(reported) != len(header.invalid_from) or not reported <= set(public.commitments):
+            raise transcript.malformed("a report about shares that is repeated or about a stranger")
         return header
 
     def _take_unmask(self, index: int, message: pb.Unmask) -> None:

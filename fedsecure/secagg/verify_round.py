@@ -123,8 +123,9 @@ class RoundCheck:
         if (header.length, header.ring_bits) != (d.length, d.ring_bits):
             found = f"{who!r} sent {header.length} words of {header.ring_bits} bits"
             raise broken("FS-1329", found, f"{d.length} of {d.ring_bits}")
-        if not set(header.invalid_from) <= set(self._public.commitments):
-            raise transcript.malformed(f"a report of {who!r} about shares of a stranger")
+        reported = set(header.invalid_from)
+        if len(reported) != len(header.invalid_from) or not reported <= set(self._public.commitments):
+            raise transcript.malformed(f"a report of {who!r} about shares that is repeated or about a stranger")
         self._uploads[index] = header
 
     def _check_unmask(self, index: int, message: pb.Unmask) -> None:
