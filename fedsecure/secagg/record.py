@@ -263,8 +263,8 @@ def read_records(path: Path) -> Iterator[tuple[Record, bytes]]:
     """The records of a transcript, each with the SHA-256 of everything before it, one in memory at a time.
 
     Raises:
-        ProtocolError: FS-1380 unreadable, truncated, oversize or no transcript; FS-1381 another version; FS-1314 a
-            set-up whose descriptor is malformed.
+        ProtocolError: FS-1380 unreadable, truncated, oversize or no transcript; FS-1381 another version; FS-1314,
+            FS-1311 a descriptor that is malformed, and what its constructor raises.
     """
     try:
         with path.open("rb") as file:
@@ -282,7 +282,7 @@ def _read(file: BinaryIO, size: int) -> Iterator[tuple[Record, bytes]]:
     if version != VERSION:
         raise unsupported(f"a transcript of version {version}")
     sha, position, last = hashlib.sha256(head), len(head), None
-    message_bytes = transcript.size_limit(MAX_SITES)
+    message_bytes, payload_bytes = transcript.size_limit(MAX_SITES), 0
     while position < size:
         raw = file.read(_HEAD.size)
         if len(raw) != _HEAD.size:
@@ -290,7 +290,8 @@ def _read(file: BinaryIO, size: int) -> Iterator[tuple[Record, bytes]]:
         number, site, length = _HEAD.unpack(raw)
         position += _HEAD.size + length
         # The size is checked against kind and file before a single byte is read.
-        if number not in _KINDS or length > _limit(Kind(number), message_bytes) or position > size or last is Kind.SEAL:
+        known = number in _KINDS and last is not Kind.SEAL and position <= size
+        if not known or length > _limit(Kind(number), message_bytes, payload_bytes):
             raise unreadable(f"a record of kind {number} and {length} bytes where none can be")
         before = sha.digest()
         data = file.read(length)
@@ -302,18 +303,21 @@ def _read(file: BinaryIO, size: int) -> Iterator[tuple[Record, bytes]]:
         if last is Kind.EPOCH:
             epoch = EpochDescriptor.parse(data)
             message_bytes = max(message_bytes, transcript.size_limit(len(epoch.cohort), epoch.slots))
+        elif last is Kind.DESCRIPTOR:
+            descriptor = RoundDescriptor.parse(data)
+            payload_bytes = descriptor.length * descriptor.word_bytes
         yield Record(last, site, data), before
 
 
 _KINDS = frozenset(Kind)
 
 
-def _limit(kind: Kind, message_bytes: int) -> int:
+def _limit(kind: Kind, message_bytes: int, payload_bytes: int) -> int:
     others = {
         Kind.DESCRIPTOR: descriptors.MAX_BYTES,
         Kind.EPOCH: epoch_descriptor.MAX_BYTES,
         Kind.ROSTER: MAX_ROSTER_BYTES,
-        Kind.PAYLOAD: 1 << 36,
+        Kind.PAYLOAD: payload_bytes,
         Kind.SET_UP: transcript.HASH_BYTES,
         Kind.SEAL: SIGNATURE_BYTES,
     }
