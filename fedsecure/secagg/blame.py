@@ -19,7 +19,7 @@ aggregator together may have passed it another message, so the aggregator is nam
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
 
@@ -79,6 +79,8 @@ class Dealings:
     unmask: Mapping[int, pb.Unmask]
     opened: Mapping[str, bytes]
     verdict: Verdict
+    _wrong: set[int] = field(default_factory=set)  # holders of shares that did not fit: tried last from then on
+    _lost: bool = False  # a secret did not come back, and the sum with it: no further search is worth its time
 
     def __post_init__(self) -> None:
         for site, private in self.opened.items():
@@ -146,8 +148,9 @@ class Dealings:
                 self.verdict.blame("FS-1328", f"{what} does not come back: {len(given)} of {t} shares", AGGREGATOR)
             return None
         self.verdict.count("commitments")
-        found = recover(given, t, fits=self._fits(owner, place))
+        found = recover(given, t, fits=self._fits(owner, place), suspects=self._wrong, tries=1 if self._lost else None)
         if found is None:
+            self._lost = True
             if len(given) >= t + c and _on_one_line(given, t):
                 # More than c holders would all have had to lie to the same polynomial.
                 self._blame("FS-1387", f"{what} is shared well, and is not what was committed to", owner)
@@ -156,6 +159,7 @@ class Dealings:
             return None
         self.verdict.count("revealed shares", len(given))
         secret, wrong = found
+        self._wrong |= wrong
         for group in suspects(owner, wrong, given, threshold=t, colluders=c):
             if len(group) <= 2:
                 right = {holder: share for holder, share in given.items() if holder not in wrong}

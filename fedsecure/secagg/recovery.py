@@ -30,6 +30,7 @@ def recover(
     *,
     fits: Callable[[bytes], bool],
     suspects: Collection[int] = (),
+    tries: int | None = None,
 ) -> tuple[bytes, set[int]] | None:
     """The secret behind ``shares`` (holder → share) and the holders whose share is wrong.
 
@@ -38,19 +39,20 @@ def recover(
         threshold: t.
         fits: whether a 32-byte secret is the right one.
         suspects: holders whose shares were wrong before; tried last.
+        tries: choices of t holders to try; ``None`` for 20 000.
 
     Returns:
         ``None`` where no secret fits: always found with up to (m − t) / 2 of m shares wrong, and with up to m − t
-        where there are at most 20 000 choices of t among m.
+        where there are at most ``tries`` choices of t among m.
     """
     order = sorted(shares, key=lambda holder: (holder in suspects, holder))
-    choices = islice(combinations(order, threshold), MAX_TRIES)
-    for tries, chosen in enumerate(choices):
+    choices = islice(combinations(order, threshold), MAX_TRIES if tries is None else tries)
+    for number, chosen in enumerate(choices):
         subset = {holder: shares[holder] for holder in chosen}
         secret = shamir.reconstruct(subset)
         if secret is not None and fits(secret):
             return secret, _wrong(subset, shares, threshold, suspects)
-        if tries == 0 and (decoded := shamir.decode(shares, threshold)) is not None and fits(decoded[0]):
+        if number == 0 and (decoded := shamir.decode(shares, threshold)) is not None and fits(decoded[0]):
             return decoded
     return None
 
