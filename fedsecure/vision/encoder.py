@@ -37,6 +37,7 @@ class Encoder:
         fingerprint: SHA-256 in hex over the weights, architecture, preprocessing and tokenizer.
         dimension: feature width d.
         public_mean: float32 (d,), the mean of normalised features of public images for centring, or ``None``.
+        scale: exp(logit_scale), by which its own training multiplied cosines.
         device: where it runs, such as ``"cpu"`` or ``"cuda"``.
     """
 
@@ -57,6 +58,7 @@ class Encoder:
         self.name = name
         self.fingerprint = fingerprint
         self.public_mean = public_mean
+        self.scale = float(model.state_dict()["logit_scale"].exp())
         self.device = device
         self.dimension = int(self.encode_text(["width"]).shape[1])
 
