@@ -107,15 +107,7 @@ def _phantom_material(options: DemoOptions) -> Material:
 def _image_material(options: DemoOptions, data: Path) -> Material:
     from fedsecure.data.loading import open_dataset
 
-    sites, classes = site_folders(data, eval_site=options.eval_site)
-    trainers = len(sites) - (options.eval_site is not None)
-    if trainers < 3:
-        raise DataError(
-            "FS-1152",
-            f"{trainers} training sites in {data}",
-            expected="at least 3: with two, each could read the other's part off the sum",
-            cure="add site folders",
-        )
+    sites, classes = site_folders(data, eval_site=options.eval_site, trainers=3)
     encoder, file = _encoder(options)
     material = Material("images", classes, encoder, file)
     public = bool(options.public_evaluation)
@@ -136,12 +128,18 @@ def _image_material(options: DemoOptions, data: Path) -> Material:
     return material
 
 
-def site_folders(data: Path, *, eval_site: str | None = None) -> tuple[list[str], tuple[str, ...]]:
+def site_folders(data: Path, *, eval_site: str | None = None, trainers: int = 0) -> tuple[list[str], tuple[str, ...]]:
     """The sites of a folder DIR/<site>/<class>/*, and the classes they share; no file is opened.
 
+    Args:
+        data: the folder.
+        eval_site: a site that only evaluates.
+        trainers: how many others there have to be.
+
     Raises:
-        DataError: FS-1150 no such folder, FS-1151 no site ``eval_site``, FS-1153 a class that one site alone has,
-            FS-1154 fewer than two classes, FS-1155 a name that cannot be a site's, FS-1100 a folder cannot be listed.
+        DataError: FS-1150 no such folder, FS-1151 no site ``eval_site``, FS-1152 too few training sites, FS-1153 a
+            class that one site alone has, FS-1154 fewer than two classes, FS-1155 a name that cannot be a site's,
+            FS-1100 a folder cannot be listed.
     """
     if not data.is_dir():
         raise DataError(
@@ -165,6 +163,14 @@ def site_folders(data: Path, *, eval_site: str | None = None) -> tuple[list[str]
             f"--eval-site {eval_site} is not in {data}",
             expected="one of " + ", ".join(sites),
             cure="correct the name",
+        )
+    others = len(sites) - (eval_site is not None)
+    if others < trainers:
+        raise DataError(
+            "FS-1152",
+            f"{others} training sites in {data}",
+            expected=f"at least {trainers}: with two, each could read the other's part off the sum",
+            cure="add site folders",
         )
     return sites, _shared_classes(data, sites)
 

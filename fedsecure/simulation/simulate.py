@@ -118,10 +118,10 @@ def simulate(options: SimulationOptions, *, watch: Watch) -> dict[str, Any]:
     require("torch")
     source: Source = LaidOut.read(options) if options.features is None else Shared.read(options)
     cells = _grid(options, source)
-    out = _open(options.out)
+    out = open_results(options.out)
     rows, reused = [], 0
     for done, cell in enumerate(cells):
-        row = _finished(out, cell)
+        row = read_row(out, cell.key)
         if row is None:
             row = _run(out, source, cell, watch=partial(_at, watch, done, cells, cell))
         else:
@@ -185,7 +185,8 @@ def _refused(option: str, value: object, expected: str) -> ConfigError:
     return ConfigError("FS-1003", f"{option} = {value}", expected=expected, cure="see fedsecure simulate --help")
 
 
-def _open(out: Path) -> Path:
+def open_results(out: Path) -> Path:
+    """A new folder of results, or one that is continued. Raises ConfigError FS-1009."""
     if out.exists() and not (out / MARKER).exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(
             "FS-1009",
@@ -193,7 +194,7 @@ def _open(out: Path) -> Path:
             expected="a new folder, or one of an earlier simulation, which is then continued",
             cure="name another folder with --out",
         )
-    for folder in (out, out / "cells", out / "reports"):
+    for folder in (out, out / "cells", out / "reports", out / "adapters"):
         make_folder(folder)
     write_whole(out / MARKER, b"made by `fedsecure simulate`; continued by the next one\n")
     return out
@@ -203,12 +204,20 @@ def _at(watch: Watch, done: int, cells: list[Cell], cell: Cell, round: int, roun
     watch(Step(done=done, cells=len(cells), what=str(cell.variant), round=round, rounds=rounds))
 
 
-def _finished(out: Path, cell: Cell) -> dict[str, Any] | None:
+def read_row(out: Path, key: str) -> dict[str, Any] | None:
+    """The result of a finished cell; None for one that is not finished, or torn."""
     try:
-        row: dict[str, Any] = json.loads((out / "cells" / f"{cell.key}.json").read_text(encoding="utf-8"))
+        row: dict[str, Any] = json.loads((out / "cells" / f"{key}.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return {**row, "epsilon": float(row["epsilon"])}
+
+
+def write_row(out: Path, key: str, row: Mapping[str, Any]) -> None:
+    """Keep the result of a cell: the last thing that is written of it, and whole."""
+    # JSON has no infinity.
+    kept = {**row, "epsilon": str(row["epsilon"])}
+    write_whole(out / "cells" / f"{key}.json", json.dumps(kept, indent=1).encode())
 
 
 def _run(out: Path, source: Source, cell: Cell, *, watch: Callable[[int, int], None]) -> dict[str, Any]:
@@ -224,9 +233,9 @@ def _run(out: Path, source: Source, cell: Cell, *, watch: Callable[[int, int], N
         row = {**_row(cell, report, placed.class_counts), "bytes_up": max(ended.bytes_up.values())}
         row["wall_seconds"] = round(ended.wall_seconds, 2)
         write_whole(out / "reports" / f"{cell.key}.json", json.dumps(report, indent=1, sort_keys=True).encode())
-        # JSON has no infinity.
-        kept = {**row, "epsilon": str(row["epsilon"])}
-        write_whole(out / "cells" / f"{cell.key}.json", json.dumps(kept, indent=1).encode())
+        (adapter, *_) = placed.sites[min(placed.sites)].state.glob("runs/*/adapter.safetensors")
+        shutil.copyfile(adapter, out / "adapters" / f"{cell.key}.safetensors")
+        write_row(out, cell.key, row)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return row

@@ -1,0 +1,315 @@
+"""Folders of images, one a site, as the records of an experiment: encoded once, split, and cleaned of duplicates.
+
+The layout and the splits are those of the released FACMIC program (MICCAI 2024): every training site keeps a tenth of
+its records for a test of its own, and one further site is the test of all. What comes out serves the reference training
+(:mod:`fedsecure.simulation.reference`) as it is, and becomes a federation on disk for ``simulate``.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsecure.config import DatasetConfig, EncoderConfig, PolicyConfig, SiteEntry, parse_settings
+from fedsecure.data.dataset import Dataset, Features, Labels, Subset, hash_array
+from fedsecure.data.duplicates import Overlap, find_duplicates
+from fedsecure.data.features import read_feature_header
+from fedsecure.data.images import SUFFIXES, Entry, ImageFiles
+from fedsecure.data.loading import open_dataset
+from fedsecure.data.partition import released_split
+from fedsecure.errors import DataError
+from fedsecure.files import make_folder
+from fedsecure.simulation.material import site_folders
+from fedsecure.simulation.pool import Pool, share_out
+from fedsecure.simulation.scaffold import SitePlan, lay_out
+
+# Above what a run without privacy is charged; the data of an experiment are whoever's who runs it.
+_UNLIMITED = 1e9
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """Records: (n, d) float32 raw features and (n,) labels."""
+
+    features: Features
+    labels: Labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def rows(self, chosen: Sequence[int] | npt.NDArray[np.int64]) -> Part:
+        index = np.asarray(chosen, np.int64)
+        return Part(self.features[index], self.labels[index])
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Experiment:
+    """What is trained on and tested on.
+
+    Attributes:
+        classes: in label order.
+        text: (K, d) text embeddings.
+        mean: (d,) public mean of unit features, or None.
+        scale: exp(logit_scale) of the encoder.
+        train: training site → its records.
+        own: training site → its own test records; empty where sites have none.
+        tests: name → records of the common test, the first being the whole of it.
+        target: (m, d) unlabelled records to align with, or None.
+        overlap: what was found at more than one place.
+    """
+
+    classes: tuple[str, ...]
+    text: Features
+    mean: Features | None
+    scale: float
+    train: Mapping[str, Part]
+    own: Mapping[str, Part]
+    tests: Mapping[str, Part]
+    target: Features | None
+    overlap: Overlap = field(default_factory=lambda: Overlap(records={}, groups=(), near=()))
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 in hex over all records."""
+        sha = hashlib.sha256(b"fedsecure/experiment/v1\0" + "\0".join(self.classes).encode())
+        for group in (self.train, self.own, self.tests):
+            for name in sorted(group):
+                sha.update(name.encode() + hash_array(group[name].features) + hash_array(group[name].labels))
+        for array in (self.text, self.mean, self.target):
+            sha.update(b"none" if array is None else hash_array(array))
+        return sha.hexdigest()
+
+
+def read_folders(
+    data: Path,
+    *,
+    eval_site: str | None,
+    model: str,
+    pretrained: str,
+    cache: Path,
+    target: Path | None = None,
+    transductive: bool = False,
+    origins: Path | None = None,
+    device: str = "auto",
+    progress: Progress = lambda *_: None,
+) -> Experiment:
+    """Encode DIR/<site>/<class>/* and split it as the released program does.
+
+    Args:
+        data: the folder of sites.
+        eval_site: the site whose records are the common test; the last one by default.
+        model, pretrained: the encoder.
+        cache: folder of the feature cache.
+        target: folder of unlabelled images to align with, searched to any depth.
+        transductive: align with the test images themselves where there is no ``target``, or allow it to hold some.
+        origins: CSV with the columns ``file`` (``<site>/<class>/<name>``) and ``source_blob_sha1``: the image each
+            file was made from. Test sets are then ``raw``, ``clean`` by origin, and ``strict`` by origin and content;
+            without it ``raw``, and ``clean`` by content.
+        device: of the encoder.
+        progress: called with (site, done, all) while images are encoded.
+
+    Raises:
+        DataError: FS-1150 to FS-1155 the folders, FS-1130 a site of fewer than ten records, FS-1137 a target that
+            overlaps the test set, FS-1138 origins that do not name every file, and the reader's for an image that
+            cannot be read.
+        ModelError: the encoder cannot be loaded.
+    """
+    from fedsecure.learning.encoding import encode_dataset
+    from fedsecure.vision.cache import FeatureCache
+    from fedsecure.vision.encoder import load_encoder
+    from fedsecure.vision.prompts import class_prompts
+
+    names, classes = site_folders(data, eval_site=eval_site)
+    test_site = eval_site or names[-1]
+    site_folders(data, eval_site=test_site, trainers=3)
+    trainers = [name for name in names if name != test_site]
+    sites: dict[str, Dataset] = {
+        name: open_dataset(DatasetConfig(name=name, path=data / name, format="folder"), classes=classes)
+        for name in names
+    }
+    overlap = find_duplicates(sites)
+    kept = {"raw": tuple(range(len(sites[test_site])))}
+    by_content = overlap.kept(test_site, against=trainers)
+    if origins is None:
+        kept["clean"] = by_content
+    else:
+        known = find_duplicates(_by_origin(sites, origins)).kept(test_site, against=trainers)
+        kept |= {"clean": known, "strict": tuple(sorted(set(known) & set(by_content)))}
+    unlabelled = _target(target, sites[test_site], transductive=transductive)
+
+    encoder = load_encoder(model, pretrained, device=device)
+    store = FeatureCache(cache)
+
+    def encode(name: str, records: Dataset) -> Features:
+        return encode_dataset(records, encoder, store, progress=lambda done, count: progress(name, done, count))
+
+    whole = {name: Part(encode(name, records), records.labels) for name, records in sites.items()}
+    parts = {name: released_split(len(whole[name])) for name in trainers}
+    aligned = None if unlabelled is None else encode("target", unlabelled)
+    return Experiment(
+        classes=classes,
+        text=encoder.encode_text(class_prompts(classes)),
+        mean=encoder.public_mean,
+        scale=encoder.scale,
+        train={name: whole[name].rows(parts[name][0]) for name in trainers},
+        own={name: whole[name].rows(parts[name][2]) for name in trainers},
+        tests={name: whole[test_site].rows(rows) for name, rows in kept.items() if rows},
+        target=aligned,
+        overlap=overlap,
+    )
+
+
+def from_pool(pool: Pool, names: Sequence[str], *, partition: str, seed: int, transductive: bool = False) -> Experiment:
+    """The records of a feature file, shared out as ``simulate`` does. Raises as :func:`share_out`."""
+    rows = share_out(pool, names, partition=partition, seed=seed)
+    test = Part(np.asarray(pool.test_features, np.float32), pool.test_labels)
+    return Experiment(
+        classes=pool.classes,
+        text=np.asarray(pool.public["text"], np.float32),
+        mean=pool.public.get("mean"),
+        scale=100.0,
+        train={
+            name: Part(np.asarray(pool.features[chosen], np.float32), pool.labels[chosen])
+            for name, chosen in rows.items()
+        },
+        own={},
+        tests={"raw": test},
+        target=test.features if transductive else None,
+    )
+
+
+def lay_out_experiment(
+    experiment: Experiment, folder: Path, *, methods: Sequence[str], delta: float, colluders: int | None = None
+) -> Path:
+    """The same records as a federation on disk for ``simulate``; an earlier layout in ``folder`` is replaced.
+
+    Training sites hold their training records and evaluate nothing; the site ``test`` holds the whole common test,
+    declared public.
+
+    Returns:
+        the path of ``federation.toml``.
+
+    Raises:
+        ConfigError, IdentityError, EnvironmentProblem: as ``parse_settings`` and ``lay_out``.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    records = make_folder(folder / "records")
+    public: dict[str, Any] = {"classes": np.array(experiment.classes), "text": experiment.text}
+    if experiment.mean is not None:
+        public["mean"] = experiment.mean
+    test = next(iter(experiment.tests.values()))
+    digest = experiment.digest[:16]
+    policy = PolicyConfig(
+        max_epsilon=_UNLIMITED,
+        delta=delta,
+        unit="record",
+        methods=(*methods, "evaluate"),
+        min_noise_multiplier=0.0,
+        no_privacy=True,
+    )
+    entries: dict[str, SiteEntry] = {}
+    plans: dict[str, SitePlan] = {}
+    for name, part, split in (*((site, p, "train") for site, p in experiment.train.items()), ("test", test, "test")):
+        file = records / f"{name}.npz"
+        arrays: dict[str, Any] = {**public, f"{split}_x": part.features, f"{split}_y": part.labels}
+        np.savez(file, **arrays)
+        training = split == "train"
+        # The name carries the records' hash, so that other records are other cells.
+        section = DatasetConfig(name=f"{name}-{digest}", path=file, format="features", split=split, public=not training)
+        entries[name] = SiteEntry(
+            role="train" if training else "evaluate",
+            max_units=len(part) if training else 0,
+            evaluation_units=0 if training else len(part),
+            evaluation_public=not training,
+        )
+        plans[name] = SitePlan(
+            train=section if training else None,
+            evaluation=None if training else section,
+            policy=policy,
+            encoder_file=file,
+        )
+    header = read_feature_header(records / "test.npz")
+    encoder = EncoderConfig(
+        model="features", pretrained="file", dimension=header.dimension, fingerprint=header.fingerprint
+    )
+    rounds: dict[str, Any] = {"phase_seconds": 300.0, "silence_seconds": 300.0, "start_seconds": 300.0}
+    if colluders is not None:
+        rounds["colluders"] = colluders
+    content = {
+        "name": "experiment",
+        "classes": experiment.classes,
+        "encoder": encoder.model_dump(),
+        "privacy": {
+            "unit": "record",
+            "max_records_per_unit": 1,
+            "delta": delta,
+            "spare_attempts": 0,
+            "minimum_signal_to_noise": 0.0,
+        },
+        "rounds": rounds,
+        "sites": {name: entry.model_dump() for name, entry in entries.items()},
+    }
+    settings = parse_settings(content, folder)
+    return lay_out(folder / "federation", settings, sites=plans, listen="memory:0", hosts=("localhost",)).federation
+
+
+class _Known(Subset):
+    """Records whose origin is known, so that copies made from one image are one content."""
+
+    def __init__(self, base: Dataset, keys: Sequence[bytes]) -> None:
+        super().__init__(base, range(len(base)))
+        self._keys = keys
+
+    def content_key(self, i: int) -> bytes:
+        return self._keys[i]
+
+
+def _by_origin(sites: Mapping[str, Dataset], file: Path) -> dict[str, Dataset]:
+    try:
+        with file.open(newline="", encoding="utf-8") as stream:
+            origins = {row["file"]: row["source_blob_sha1"] for row in csv.DictReader(stream)}
+    except (OSError, UnicodeDecodeError, KeyError, csv.Error) as error:
+        raise _bad_origins(file, f"cannot be read ({error!s:.80})") from error
+    known: dict[str, Dataset] = {}
+    for name, records in sites.items():
+        paths = [f"{name}/{record}" for record in records.record_ids]
+        missing = next((path for path in paths if not origins.get(path)), None)
+        if missing is not None:
+            raise _bad_origins(file, f"does not say where {missing} comes from")
+        known[name] = _Known(records, [origins[path].encode() for path in paths])
+    return known
+
+
+def _bad_origins(file: Path, found: str) -> DataError:
+    return DataError(
+        "FS-1138",
+        f"{file} {found}",
+        expected="a CSV file in UTF-8 with the columns file and source_blob_sha1, a row for each image",
+        cure="mend the file, or go by the files' own content and leave it out",
+    )
+
+
+def _target(folder: Path | None, test: Dataset, *, transductive: bool) -> Dataset | None:
+    if folder is None:
+        return test if transductive else None
+    files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+    entries = [Entry(path=path, record_id=str(path.relative_to(folder)), label=0) for path in files]
+    records = ImageFiles(entries, name="target", classes=test.classes, public=True)
+    shared = find_duplicates({"target": records, "test": test}).shared()
+    if shared and not transductive:
+        raise DataError(
+            "FS-1137",
+            f"{len(shared)} images of the target {folder} are also in the test set",
+            expected="a target that shares no image with the test set",
+            cure="take them out, or say --transductive and report the result as transductive",
+        )
+    return records
