@@ -123,17 +123,24 @@ def sign_report(report: Mapping[str, Any], sign: Callable[[bytes], bytes], *, si
     return plain | {"signature": signature}
 
 
-def load_audit(path: Path | str) -> Any:
+def load_audit(path: Path | str) -> dict[str, Any]:
     """Read what ``fedsecure audit --json`` printed.
 
     Raises:
-        PrivacyError: FS-1269 the file cannot be read, or is no JSON.
+        PrivacyError: FS-1269 the file cannot be read, or is no audit.
     """
     try:
         with Path(path).open("rb") as file:
-            return json.loads(file.read(_MOST_AUDIT))
+            found = json.loads(file.read(_MOST_AUDIT))
     except (OSError, ValueError, RecursionError) as error:
         raise _no_audit(f"{path} cannot be read ({error})") from error
+    return _parts_of_audit(found, str(path))
+
+
+def _parts_of_audit(audit: Any, where: str) -> dict[str, Any]:
+    if not isinstance(audit, Mapping) or {name: type(audit.get(name)) for name in _AUDIT} != _AUDIT:
+        raise _no_audit(f"{where} is no audit")
+    return {name: audit[name] for name in _AUDIT}
 
 
 def attach_audit(report: Mapping[str, Any], audit: Any) -> dict[str, Any]:
@@ -146,12 +153,11 @@ def attach_audit(report: Mapping[str, Any], audit: Any) -> dict[str, Any]:
     Raises:
         PrivacyError: FS-1269 it is no audit; FS-1233 the report is of a format that has no room for one.
     """
-    if not isinstance(audit, Mapping) or {name: type(audit.get(name)) for name in _AUDIT} != _AUDIT:
-        raise _no_audit("what was to be attached is no audit")
+    parts = _parts_of_audit(audit, "what was to be attached")
     if report["schema_version"] != SCHEMA_VERSION:
         raise _other_format("the report", report["schema_version"], str(SCHEMA_VERSION))
     bare = {key: value for key, value in report.items() if key != "signature"}
-    return bare | {"audit": {name: audit[name] for name in _AUDIT}}
+    return bare | {"audit": parts}
 
 
 def verify_report(report: Mapping[str, Any], *, verify: Verifier | None = None) -> Verdict:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any
 from safetensors.numpy import load_file
 from safetensors.numpy import save as save_tensors
 
-from fedsecure.errors import ProtocolError
+from fedsecure.errors import PrivacyError, ProtocolError
 from fedsecure.files import write_whole
 from fedsecure.identity import keys
 from fedsecure.learning.artefact import AdapterMetadata, save_adapter
@@ -25,11 +26,13 @@ from fedsecure.methods.base import Tensor
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.privacy.plan import paid_by
 from fedsecure.privacy.report import site_report
-from fedsecure.privacy.report_verify import PURPOSE, sign_report
+from fedsecure.privacy.report_verify import PURPOSE, load_audit, sign_report
 from fedsecure.site.membership import Membership
 from fedsecure.transport.base import Transport
 from fedsecure.transport.status import printable
 from fedsecure.wire import federation_pb2 as pb
+
+log = logging.getLogger("fedsecure.client")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +115,10 @@ def adapter_epsilon(member: Membership, outcome: Mapping[str, Any]) -> float:
 def signed_report(
     member: Membership, ledger: Ledger, *, outcome: dict[str, Any] | None, seeded: bool
 ) -> dict[str, Any]:
-    """The site's privacy report, recomputed from the ledger's events and signed by the site."""
+    """The site's privacy report, recomputed from the ledger's events and signed by the site.
+
+    What ``fedsecure audit --json`` printed into ``audit.json`` in the site's state is in it.
+    """
     config, settings = member.config, member.settings
     train, evaluation = config.train, config.evaluation
     report = site_report(
@@ -127,6 +133,18 @@ def signed_report(
         plan=member.plan,
         outcome=outcome,
         seeded=seeded,
+        audit=_audit(config.state / "audit.json"),
     )
     key = member.identity.signing_key
     return sign_report(report, lambda body: keys.sign(key, PURPOSE, body), site=config.site)
+
+
+def _audit(file: Path) -> dict[str, Any] | None:
+    """The site's last audit; one that cannot be read never costs a run its report."""
+    if not file.exists():
+        return None
+    try:
+        return load_audit(file)
+    except PrivacyError as error:
+        log.warning("the report goes without an audit: %s", error)
+        return None

@@ -149,9 +149,9 @@ def check_files(home: Path) -> None:
             found.add("/".join("<site>" if part in SITES else part for part in parts))
     listed = listed_files()
     assert sorted(found - listed - {f"{path}{end}" for path in listed for end in ("-wal", "-shm")}) == []
-    # Neither images nor a method with a memory of its own are in this run.
-    seldom = {path for path in listed if path.endswith(("features.sqlite", "<method>.safetensors"))}
-    assert len(seldom) == 2
+    # Neither images, an audit nor a method with a memory of its own are in this run.
+    seldom = {path for path in listed if path.endswith(("features.sqlite", "<method>.safetensors", "audit.json"))}
+    assert len(seldom) == 3
     assert sorted(listed - seldom - found) == []
 
 
