@@ -32,9 +32,13 @@ class Account:
         cohort: tuple[str, ...],
         ctx: bytes,
         seconds: float,
+        suspects: Mapping[str, Any] | None = None,
         **outcome: Any,
     ) -> None:
-        """Record an attempt that is over: ``survivors``, or ``aborted`` and ``code``."""
+        """Record an attempt that is over: ``survivors``, or ``aborted`` and ``code``.
+
+        ``suspects`` stand in the round log only: who may have lied is for the operator, and no part of the summary.
+        """
         record = {
             "round": round,
             "attempt": attempt,
@@ -46,7 +50,7 @@ class Account:
             **outcome,
         }
         self.attempts.append(record)
-        self.store.attempt(record)
+        self.store.attempt({**record, **(suspects or {})})
 
     def save(self, round: int, progress: Progress) -> None:
         """The state after a sum.

@@ -26,6 +26,7 @@ from fedsecure.methods.base import Cohort
 from fedsecure.methods.cohorts import check_roles, cohort_of
 from fedsecure.methods.registry import load_method, load_training_method
 from fedsecure.secagg.phases import Phase
+from fedsecure.secagg.server import SecAggResult
 from fedsecure.wire import federation_pb2 as pb
 
 log = logging.getLogger("fedsecure.aggregator")
@@ -225,7 +226,8 @@ class Coordinator:
         if step.result is None:
             return True
         survivors = step.result.survivors
-        self._record(cohort, ctx, attempt.started, now, survivors=list(survivors))
+        suspects = _suspects(step.result)
+        self._record(cohort, ctx, attempt.started, now, suspects=suspects, survivors=list(survivors))
         self._left_out(cohort, survivors, ctx, reason="the round ended without this site")
         self._attempt = None
         self._progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
@@ -351,6 +353,18 @@ class Coordinator:
     def write_status(self, now: float) -> None:
         """Refresh ``status.json``."""
         self._store.status(self.status(now))
+
+
+def _suspects(result: SecAggResult) -> dict[str, Any]:
+    """Who may have lied about a share in a round that gave its sum all the same, for the operator; mostly nobody."""
+    found: dict[str, Any] = {}
+    if result.bad_shares:
+        found["bad_shares"] = [list(group) for group in result.bad_shares]
+        log.warning("shares that do not fit; of each group one at least has lied: %s", found["bad_shares"])
+    if result.unopened:
+        found["unopened"] = {site: list(senders) for site, senders in result.unopened.items()}
+        log.warning("shares that did not open, site and senders: %s", found["unopened"])
+    return found
 
 
 def _run_failure(code: str, found: str, error: Exception) -> RunError:
