@@ -341,7 +341,19 @@ class PolicyConfig(_Section):
     min_survivors: Annotated[int, Field(ge=3, le=128)] = 3
     max_wrap_log2: Annotated[float, Field(le=-40, allow_inf_nan=False)] = -40.0
     min_noise_multiplier: Annotated[float, Field(ge=0)] = 0.1
-    methods: tuple[str, ...] = ("linear", "facmic", "prototypes", "ridge", "evaluate")
+    methods: tuple[str, ...] = (
+        "linear",
+        "facmic",
+        "fedclip",
+        "bottleneck",
+        "fedfocal",
+        "fedavg",
+        "fedprox",
+        "moon",
+        "prototypes",
+        "ridge",
+        "evaluate",
+    )
     noise: tuple[Literal["distributed", "local"], ...] = ("distributed", "local")
     unit: Literal["patient", "record"] = "patient"
     no_privacy: bool = False

@@ -26,7 +26,7 @@ Sample = Callable[[int], npt.NDArray[np.bool_]]
 # A single image says less about its class than a text does: the linear head's temperature is lower by this factor.
 IMAGE_PRIOR = 0.5
 # A unit's gradient hardly exceeds this, so a larger C clips nothing and must not lower the rate any further.
-_LARGEST_GRADIENT: Mapping[AdapterKind, float] = {"linear": 0.7, "facmic": 1.0}
+_LARGEST_GRADIENT: Mapping[str, float] = {"linear": 0.7}
 
 
 def train_locally(
@@ -40,6 +40,7 @@ def train_locally(
     normaliser: float,
     privatise: Privatise,
     sample: Sample,
+    proximal: float = 0.0,
     engine: EngineName = "auto",
     device: str = "auto",
 ) -> dict[str, Vector]:
@@ -47,6 +48,10 @@ def train_locally(
 
     Each step: parameters −= learning_rate · privatise(Σ clipped gradients of the sampled units, C) / normaliser.
     An empty sample is a step like any other: zeros, noised.
+
+    With ``proximal`` ρ > 0 each step ends with the proximal operator of FedProx's term μ/2·‖w − w_start‖² (Li et al.,
+    MLSys 2020, equation 2): the distance from the start shrinks by 1/(1 + ρ), ρ = η·μ. That is stable for any rate,
+    and free, since the term knows no record.
 
     Args:
         task: the adapter and its constants.
@@ -58,6 +63,7 @@ def train_locally(
         normaliser: public number of units expected in a batch; never the realised one (privacy.md P11).
         privatise: (sum, C) → the sum with its noise, once per step; ``Release.privatise``.
         sample: number of units → (U,) bool, who takes part; ``Release.sample``.
+        proximal: ρ ≥ 0.
         engine, device: as in :func:`fedsecure.learning.engines.clipped_sum`.
 
     Returns:
@@ -93,6 +99,8 @@ def train_locally(
         if noisy.shape != gradient.shape:
             raise _foreign("noise", noisy, f"{gradient.shape}")
         current -= learning_rate / normaliser * noisy
+        if proximal:
+            current = origin + (current - origin) / (1 + proximal)
     return _shaped(task, current - origin)
 
 
@@ -152,9 +160,12 @@ def suggest(
       s = μ·units/√(d/2). A single step goes at most 3 up to s = 300, and at most 8 from s = 800 on: longer ones
       overshoot in noise and the module diverges. So few steps do not use a strong signal up: take 60 or more at
       ε = 8.
+    * fedclip: as facmic with tanh(h) of norm about √d/2 and g = min(0.5, s/250), for there is no norm layer.
+    * bottleneck: relu(h) with the bias has norm about 3.4, so the adapted feature gets noise of norm
+      way·3.4·√d/(μ·units) in all directions; the way is min(3.4 s, 0.09 s²) with s = μ·units/(3.4·√d).
 
-    Both were chosen on validation records of CLIP ViT-B/32 features (UCF101, Caltech101), with and without centring
-    (``benchmarks/accuracy_study.py``), and the first also on subsets down to 60 records and 4 classes.
+    All were chosen on validation records of CLIP ViT-B/32 features (UCF101, Caltech101), the first two with and
+    without centring (``benchmarks/accuracy_study.py``), and the first also on subsets down to 60 records and 4 classes.
 
     Args:
         kind: the adapter.
@@ -168,17 +179,44 @@ def suggest(
     Raises:
         ModelError: FS-1631 for an unknown kind.
     """
-    per_step = steps * min(max_grad_norm, _LARGEST_GRADIENT.get(kind, 1.0))
-    if kind == "linear":
-        signal = mu_total * units / classes
-        way = min(signal, 0.11 * signal**2, 128.0)
-        return way * classes / per_step, min(max(300.0 / max(signal, 1.0), 8.0), 25.0)
-    if kind == "facmic":
-        width = math.sqrt(dimension / 2)
-        signal = mu_total * units / width
-        longest = min(max(signal / 100, 3.0), 8.0)
-        way = min(min(0.9, signal / 94) * signal, longest * steps)
-        return way / per_step, 30.0
-    raise ModelError(
-        "FS-1631", f"adapter {kind!r}", expected="linear or facmic", cure="mend method.name in the settings"
-    )
+    rule = RULES.get(kind)
+    if rule is None:
+        raise ModelError(
+            "FS-1631",
+            f"adapter {kind!r}",
+            expected=f"one of {', '.join(RULES)}",
+            cure="mend method.name in the settings",
+        )
+    way, temperature = rule(mu_total * units, classes, dimension, steps)
+    return way / (steps * min(max_grad_norm, _LARGEST_GRADIENT.get(kind, 1.0))), temperature
+
+
+def _linear(signal: float, classes: int, dimension: int, steps: int) -> tuple[float, float]:
+    signal /= classes
+    way = min(signal, 0.11 * signal**2, 128.0)
+    return way * classes, min(max(300.0 / max(signal, 1.0), 8.0), 25.0)
+
+
+def _attention(signal: float, classes: int, dimension: int, steps: int) -> tuple[float, float]:
+    signal /= math.sqrt(dimension / 2)
+    longest = min(max(signal / 100, 3.0), 8.0)
+    return min(min(0.9, signal / 94) * signal, longest * steps), 30.0
+
+
+def _tanh_gate(signal: float, classes: int, dimension: int, steps: int) -> tuple[float, float]:
+    signal /= math.sqrt(dimension) / 2
+    return min(min(0.5, signal / 250) * signal, 20.0 * steps), 30.0
+
+
+def _bottleneck(signal: float, classes: int, dimension: int, steps: int) -> tuple[float, float]:
+    signal /= 3.4 * math.sqrt(dimension)
+    return min(3.4 * signal, 0.09 * signal**2, 10.0 * steps), 30.0
+
+
+# Kind → (μ·units, K, d, T) → the whole way, and the temperature.
+RULES: Mapping[AdapterKind, Callable[[float, int, int, int], tuple[float, float]]] = {
+    "linear": _linear,
+    "facmic": _attention,
+    "fedclip": _tanh_gate,
+    "bottleneck": _bottleneck,
+}

@@ -11,14 +11,18 @@ from __future__ import annotations
 import hashlib
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
+import numpy as np
+
 from fedsecure.config import RunSettings
+from fedsecure.errors import ConfigError
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec
 from fedsecure.learning.engines import clipped_sum, clipped_units
 from fedsecure.learning.features import SiteFeatures
+from fedsecure.learning.objective import CROSS_ENTROPY, Contrast, Objective
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
@@ -34,11 +38,24 @@ DELTA_GRID = 2.0**-24
 
 @dataclass(frozen=True, slots=True)
 class AdapterDescent:
-    """A method that trains one kind of adapter."""
+    """A method that trains one kind of adapter.
+
+    Attributes:
+        name, version: of the method.
+        kind: of the adapter.
+        objective: the loss of a record, beside what the run's settings add.
+        proximal: ρ of FedProx's term (:func:`fedsecure.learning.training.train_locally`).
+        contrast: μ of MOON's term; a site keeps its last adapter for it.
+        local_only: why it runs with ``noise = "local"`` only; empty: it runs with either.
+    """
 
     name: str
     version: str
     kind: AdapterKind
+    objective: Objective = CROSS_ENTROPY
+    proximal: float = 0.0
+    contrast: float = 0.0
+    local_only: str = ""
 
     # --- the aggregator's half --------------------------------------------------------------------------------------
 
@@ -83,7 +100,7 @@ class AdapterDescent:
         _, cohort = cohort_of(settings, trainers_only=True)
         spec = self.spec(settings)
         rate, _ = self.rate(settings, cohort)
-        task = self.task(settings, release.features)
+        task = self._training_task(settings, release, inputs, state)
         norm, own_rate = settings.privacy.max_grad_norm, settings.sampling_rates()[release.site]
         if settings.privacy.noise == "distributed":
             drawn = units if own_rate == 1 else units.select(release.sample(len(units)))
@@ -105,11 +122,24 @@ class AdapterDescent:
             normaliser=own * own_rate,
             sample=release.sample,
             privatise=release.privatise,
+            proximal=self.proximal,
             engine=release.engine,
             device=release.device,
         )
+        if self.contrast:
+            state = SiteState({name: (inputs[name] + change[name]).astype(np.float32) for name in spec.shapes})
         weight = own / sum(declared.values())
         return Answer(values={"change": weight * spec.flatten(change)}, units={"change": len(units)}), state
+
+    def _training_task(
+        self, settings: RunSettings, release: Release, inputs: Mapping[str, Tensor], state: SiteState
+    ) -> HeadTask:
+        """The task with this round's objective, of released and public values alone."""
+        task, objective = self.task(settings, release.features), self.objective
+        # Before a site's first round there is nothing to be pushed from.
+        if self.contrast and state.tensors:
+            objective = replace(objective, contrast=Contrast(inputs, state.tensors, strength=self.contrast))
+        return replace(task, objective=objective)
 
     # --- what both halves compute alike from public numbers ---------------------------------------------------------
 
@@ -125,7 +155,18 @@ class AdapterDescent:
         return HeadTask(spec=self.spec(settings), text=features.text, centre=features.centre, temperature=temperature)
 
     def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
-        """The run's privacy plan; the aggregator and every site compute the same."""
+        """The run's privacy plan; the aggregator and every site compute the same.
+
+        Raises:
+            ConfigError: FS-1016 distributed noise for a method that is made of local steps.
+        """
+        if self.local_only and settings.privacy.noise != "local":
+            raise ConfigError(
+                "FS-1016",
+                f'method {self.name!r} with privacy.noise = "{settings.privacy.noise}": {self.local_only}',
+                expected='privacy.noise = "local", with method.local_steps',
+                cure='set noise = "local" under [privacy], or train the same adapter with a method of single steps',
+            )
         return _plan(settings.canonical(), cohort, self.spec(settings).parameters)
 
     def rate(self, settings: RunSettings, cohort: Cohort) -> tuple[float, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedsecure.errors import ModelError, PrivacyError
-from fedsecure.learning.adapters import AdapterSpec
+from fedsecure.learning.adapters import FORMS, AdapterKind, AdapterSpec
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.evaluation import accuracy, counts
 from fedsecure.learning.task import HeadTask
@@ -149,7 +149,7 @@ def test_foreign_samplers_and_noise_are_refused() -> None:
 
 
 @given(
-    kind=st.sampled_from(["linear", "facmic"]),
+    kind=st.sampled_from(list(FORMS)),
     mu=st.floats(1e-6, 1e3),
     units=st.floats(1, 1e6),
     classes=st.integers(2, 1000),
@@ -157,7 +157,7 @@ def test_foreign_samplers_and_noise_are_refused() -> None:
     clip=st.floats(1e-3, 10),
 )
 def test_rates_are_positive_rise_with_the_signal_and_keep_the_way(
-    kind: Literal["linear", "facmic"], mu: float, units: float, classes: int, steps: int, clip: float
+    kind: AdapterKind, mu: float, units: float, classes: int, steps: int, clip: float
 ) -> None:
     def ask(mu: float, steps: int = steps, clip: float = clip) -> tuple[float, float]:
         return suggest(kind, mu_total=mu, units=units, classes=classes, dimension=512, steps=steps, max_grad_norm=clip)
@@ -204,8 +204,8 @@ def scored(task: HeadTask, start: dict[str, Any], delta: dict[str, Any], test: U
     return accuracy(*counts(task, tensors, test, device="cpu"))
 
 
-@pytest.mark.parametrize("kind", ["linear", "facmic"])
-def test_default_rates_learn_with_signal_and_stay_at_zero_shot_without(kind: Literal["linear", "facmic"]) -> None:
+@pytest.mark.parametrize("kind", list(FORMS))
+def test_default_rates_learn_with_signal_and_stay_at_zero_shot_without(kind: AdapterKind) -> None:
     base, units = clusters(400, seed=1)
     _, test = clusters(1000, seed=2)
     gains = {}
