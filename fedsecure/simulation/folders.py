@@ -187,13 +187,11 @@ def from_pool(pool: Pool, names: Sequence[str], *, partition: str, seed: int, tr
     )
 
 
-def lay_out_experiment(
-    experiment: Experiment, folder: Path, *, methods: Sequence[str], delta: float, colluders: int | None = None
-) -> Path:
+def lay_out_experiment(experiment: Experiment, folder: Path, *, method: str, delta: float) -> Path:
     """The same records as a federation on disk for ``simulate``; an earlier layout in ``folder`` is replaced.
 
     Training sites hold their training records and evaluate nothing; the site ``test`` holds the whole common test,
-    declared public.
+    declared public. Their policies allow ``method``, with and without privacy.
 
     Returns:
         the path of ``federation.toml``.
@@ -212,7 +210,7 @@ def lay_out_experiment(
         max_epsilon=_UNLIMITED,
         delta=delta,
         unit="record",
-        methods=(*methods, "evaluate"),
+        methods=(method, "evaluate"),
         min_noise_multiplier=0.0,
         no_privacy=True,
     )
@@ -241,9 +239,6 @@ def lay_out_experiment(
     encoder = EncoderConfig(
         model="features", pretrained="file", dimension=header.dimension, fingerprint=header.fingerprint
     )
-    rounds: dict[str, Any] = {"phase_seconds": 300.0, "silence_seconds": 300.0, "start_seconds": 300.0}
-    if colluders is not None:
-        rounds["colluders"] = colluders
     content = {
         "name": "experiment",
         "classes": experiment.classes,
@@ -255,7 +250,7 @@ def lay_out_experiment(
             "spare_attempts": 0,
             "minimum_signal_to_noise": 0.0,
         },
-        "rounds": rounds,
+        "rounds": {"phase_seconds": 300.0, "silence_seconds": 300.0, "start_seconds": 300.0},
         "sites": {name: entry.model_dump() for name, entry in entries.items()},
     }
     settings = parse_settings(content, folder)

@@ -1,0 +1,276 @@
+"""FACMIC (MICCAI 2024) under differential privacy: the released training, the private one and what stands beside them.
+
+    python examples/facmic.py --data DIR --model ViT-B-16 --pretrained openai --epsilon 1,3,8,inf --seeds 3
+    python examples/facmic.py --features FILE.npz --sites 5 --epsilon 1,8,inf
+
+``DIR/<site>/<class>/*`` are images, the last site (or --eval-site) the common test. Every private run is one of
+``fedsecure simulate``; the reference is the released program's training, which is not private and runs at ε = inf only.
+Given again, the same command goes on where it was. docs/datasets.md says where the papers' data sets come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedsecure.cli.display import err, out, show_error
+from fedsecure.cli.simulated import simulation_progress
+from fedsecure.errors import ConfigError, FedsecureError
+from fedsecure.files import write_whole
+from fedsecure.methods.recommend import ROUNDS
+from fedsecure.methods.registry import load_training_method
+from fedsecure.simulation import reference
+from fedsecure.simulation.folders import Experiment, from_pool, lay_out_experiment, read_folders
+from fedsecure.simulation.pool import read_pool
+from fedsecure.simulation.simulate import SimulationOptions, Step, listed, numbers, open_results, simulate
+from fedsecure.simulation.tables import COLUMNS, plot, summarise, to_markdown
+
+INSTALLED = ("facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck")
+REASON = "to compare with, on data whose user declares them public"
+REPORTED = "Reported in the paper (ViT-B/16 or B/32, best or last round unknown): BT 82.74, SC 58.47, Real 72.37 %."
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="DIR/<site>/<class>/*.{jpg,png}")
+    source.add_argument("--features", type=Path, help="feature file (docs/datasets.md), shared out to --sites")
+    parser.add_argument("--eval-site", help="site of --data that is the common test; the last one by default")
+    parser.add_argument("--origins", type=Path, help="CSV: the image each file of --data was made from")
+    parser.add_argument("--target", type=Path, help="folder of public unlabelled images to align with")
+    parser.add_argument("--transductive", action="store_true", help="align with the test images, as released")
+    parser.add_argument("--model", default="tiny", help="open_clip model, or tiny for the bundled one")
+    parser.add_argument("--pretrained", default="openai", help="open_clip tag or weights file")
+    parser.add_argument("--sites", type=int, default=5, help="with --features")
+    parser.add_argument("--partition", default="iid", help="with --features; as fedsecure simulate")
+    parser.add_argument("--train", default="train", help="splits of --features to train on")
+    parser.add_argument("--test", default="test", help="split of --features to test on")
+    parser.add_argument("--centre", default="file", help="public mean of --features; as fedsecure simulate")
+    parser.add_argument("--method", help="default: every installed one, and the reference where --epsilon has inf")
+    parser.add_argument("--epsilon", default="1,3,8,inf")
+    parser.add_argument("--noise", default="distributed", help="distributed, local, or both with a comma")
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, help="of the private methods")
+    parser.add_argument("--reference-rounds", type=int, default=reference.ROUNDS)
+    parser.add_argument("--reference-steps", type=int, help="a round; 0 for one pass, 199 by default")
+    parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
+    parser.add_argument("--out", type=Path, default=Path("facmic-results"))
+    return parser.parse_args(given)
+
+
+def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Private methods and references; each is known, and a reference that was named has an ε = inf to run at."""
+    if options.method is None:
+        names = (*reference.NAMES, *INSTALLED) if math.inf in epsilons else INSTALLED
+    else:
+        names = listed(options.method)
+    references = tuple(name for name in names if name in reference.NAMES)
+    if references:
+        reference.check_consent(math.inf if math.inf in epsilons else min(epsilons), options.no_privacy)
+    private = []
+    for name in names:
+        if name in references:
+            continue
+        try:
+            load_training_method(name)
+        except ConfigError:
+            if options.method is not None:
+                raise
+            continue
+        private.append(name)
+    return tuple(private), references
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command line asks for; returns rows, their summary and the paths of what was written."""
+    epsilons = numbers("--epsilon", options.epsilon)
+    private, references = chosen_methods(options, epsilons)
+    with simulation_progress(live=True) as watch:
+        experiment, simulation = prepare(options, watch)
+        warn(experiment(0))
+        rows = []
+        for name in private:
+            chosen = replace(simulation(name), epsilons=epsilons)
+            for row in simulate(chosen, watch=watch)["rows"]:
+                file = chosen.out / "adapters" / f"{row['cell']}.safetensors"
+                scores = reference.adapter_scores(experiment(row["seed"]), file)
+                rows.append({**row, "tests": scores["tests"], "site_scores": scores["sites"]})
+        cells = [(name, seed) for seed in range(options.seeds) for name in references]
+        kept = open_results(options.out / "reference") if cells else None
+        for done, (name, seed) in enumerate(cells):
+            assert kept is not None
+            row = reference.run_reference(
+                experiment(seed),
+                name,
+                out=kept,
+                seed=seed,
+                reason=options.no_privacy,
+                partition="iid" if options.data else options.partition,
+                rounds=options.reference_rounds,
+                steps=options.reference_steps,
+                watch=at(watch, done, len(cells), f"{name}, seed {seed}"),
+            )
+            rows.append(row)
+    if options.data is not None:
+        rows = [{**row, "partition": "folders"} for row in rows]
+    return write(options, rows, reference.zero_shot(experiment(0)))
+
+
+def prepare(
+    options: argparse.Namespace, watch: Callable[[Step], None]
+) -> tuple[Callable[[int], Experiment], Callable[[str], SimulationOptions]]:
+    """Records by seed, and the options of a simulation of a method on them."""
+
+    def common(method: str) -> SimulationOptions:
+        return SimulationOptions(
+            out=options.out / "private" / method,
+            methods=(method,),
+            noises=listed(options.noise),
+            seeds=options.seeds,
+            delta=options.delta,
+            # A method of one release has one round, whatever the others have.
+            rounds=None if ROUNDS.get(method) == 1 else options.rounds,
+        )
+
+    if options.features is not None:
+        names = tuple(f"site-{index + 1}" for index in range(options.sites))
+        pool = read_pool(options.features, train=listed(options.train), test=options.test, centre=options.centre)
+
+        def shared(seed: int) -> Experiment:
+            return from_pool(pool, names, partition=options.partition, seed=seed, transductive=options.transductive)
+
+        def on_features(method: str) -> SimulationOptions:
+            return replace(
+                common(method),
+                features=options.features,
+                sites=options.sites,
+                partitions=(options.partition,),
+                train=listed(options.train),
+                test=options.test,
+                centre=options.centre,
+            )
+
+        return shared, on_features
+    tiny = options.model == "tiny"
+    experiment = read_folders(
+        options.data,
+        eval_site=options.eval_site,
+        model="fedsecure-tiny" if tiny else options.model,
+        pretrained="bundled" if tiny else options.pretrained,
+        cache=options.out / "features",
+        target=options.target,
+        transductive=options.transductive,
+        origins=options.origins,
+        progress=lambda site, done, count: watch(Step(0, 1, f"encoding {site}", round=done, rounds=count)),
+    )
+
+    def on_folders(method: str) -> SimulationOptions:
+        layout = lay_out_experiment(experiment, options.out / "layout" / method, method=method, delta=options.delta)
+        return replace(common(method), federation=layout)
+
+    return lambda seed: experiment, on_folders
+
+
+def at(watch: Callable[[Step], None], done: int, cells: int, what: str) -> Callable[[int, int], None]:
+    return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
+
+
+def warn(experiment: Experiment) -> None:
+    """Says what lies at more than one place."""
+    shared = experiment.overlap.shared()
+    if shared:
+        err.print(
+            f"{len(shared)} images lie at more than one site; see fedsecure duplicates. Test sets:", style="yellow"
+        )
+        err.print("  " + ", ".join(f"{name} {len(part)}" for name, part in experiment.tests.items()))
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], zero: dict[str, Any]) -> dict[str, Any]:
+    """``results.csv`` one line a run, ``results.md`` the means, and the plot."""
+    sets = list(zero)
+    sites = sorted({site for row in rows for site in row["site_scores"]})
+    extra = [f"{metric} {name}" for name in sets for metric in ("accuracy", "balanced accuracy")]
+    extra += [f"{metric} {name}" for name in sites for metric in ("accuracy", "balanced accuracy")]
+    extra += ["best round", *(f"best-round accuracy {name}" for name in sets)]
+    flat = [{**row, **further(row)} for row in rows]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, (*COLUMNS, *extra), extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(flat)
+    write_whole(options.out / "results.csv", text.getvalue().encode(), mode=0o644)
+    summary = summarise(rows)
+    page = "\n".join((heading(options, zero), to_markdown(summary), by_set(flat, sets, sites)))
+    write_whole(options.out / "results.md", page.encode(), mode=0o644)
+    image = options.out / "accuracy.png"
+    drawn = plot(summary, image)
+    return {"rows": rows, "summary": summary, "page": page, "plot": str(image) if drawn else None}
+
+
+def further(row: dict[str, Any]) -> dict[str, Any]:
+    """The scores of a row as columns."""
+    found: dict[str, Any] = {}
+    for group in ("tests", "site_scores"):
+        for name, scores in row[group].items():
+            found[f"accuracy {name}"] = scores["accuracy"]
+            found[f"balanced accuracy {name}"] = scores["balanced_accuracy"]
+    if "best" in row:
+        found["best round"] = row["best"]["round"]
+        found |= {f"best-round accuracy {name}": s["accuracy"] for name, s in row["best"]["tests"].items()}
+    return found
+
+
+def heading(options: argparse.Namespace, zero: dict[str, Any]) -> str:
+    given = " ".join(["python examples/facmic.py", *sys.argv[1:]])
+    shown = ", ".join(f"{name} {100 * s['accuracy']:.1f} % of {s['records']}" for name, s in zero.items())
+    return (
+        f"# FACMIC, {(options.data or options.features).name}\n\n"
+        f"`{given}`, {datetime.now(UTC).date()}, {os.cpu_count()} cores, {platform.machine()}.\n"
+        f"Plain zero-shot CLIP: {shown}. {REPORTED}\n"
+        "Means ± standard deviation over seeds. The reference is not private, and ε = ∞ of a private method is a run\n"
+        "with a token of noise. Last round throughout; the best round is chosen on the test set and no fair estimate.\n"
+    )
+
+
+def by_set(flat: list[dict[str, Any]], sets: list[str], sites: list[str]) -> str:
+    """Accuracy on every test set and site, and of the best round."""
+    columns = [f"accuracy {name}" for name in (*sets, *sites)] + [f"best-round accuracy {name}" for name in sets]
+    columns += [f"balanced accuracy {name}" for name in sets]
+    parts = [summarise([{**row, "accuracy": row.get(column)} for row in flat]) for column in columns]
+    lines = ["| method | noise | ε | KB up, a site and round | " + " | ".join(columns) + " |"]
+    lines.append("|" + "---|" * (4 + len(columns)))
+    for position, entry in enumerate(parts[0]):
+        key = ("method", "noise", "epsilon")
+        members = [row for row in flat if all(row[name] == entry[name] for name in key)]
+        sent = sum(row["bytes_up"] / row["rounds"] for row in members) / len(members)
+        epsilon = "∞" if math.isinf(entry["epsilon"]) else f"{entry['epsilon']:g}"
+        cells = [entry["method"], entry["noise"], epsilon, f"{sent / 1e3:.1f}"]
+        for part in parts:
+            mean, spread = part[position]["accuracy"], part[position]["accuracy_std"]
+            cells.append("–" if mean is None else f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    try:
+        result = run(arguments(given))
+    except FedsecureError as error:
+        show_error(error)
+        return 1
+    out.print(result["page"], highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

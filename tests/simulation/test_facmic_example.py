@@ -1,0 +1,125 @@
+"""The example regenerates everything by one command: tables, plot, reports; what is wrong stops it before results."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from federation_world import write_features
+
+from fedsecure.data.phantoms import CLASSES, write_federation
+from fedsecure.simulation import simulate as simulation
+
+FILE = Path(__file__).resolve().parents[2] / "examples" / "facmic.py"
+SHORT = ("--seeds", "1", "--rounds", "2", "--reference-rounds", "2", "--reference-steps", "2")
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("facmic_example", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("scans")
+    write_federation(made / "raw", sites=4, per_class=12, test_per_class=1, seed=3)
+    for site in ("site_a", "site_b", "site_c", "site_d"):
+        (made / "raw" / site / "train").rename(made / site)
+    shutil.rmtree(made / "raw")
+    # One test image is also in a training site.
+    shutil.copy(sorted((made / "site_d" / CLASSES[0]).iterdir())[0], made / "site_a" / CLASSES[0] / "copy.png")
+    return made
+
+
+def rows_of(out: Path) -> list[dict[str, str]]:
+    with (out / "results.csv").open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_folders(
+    example: ModuleType, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    given = ["--data", str(folders), "--transductive", "--epsilon", "8,inf", "--out", str(out), *SHORT]
+    given += ["--method", "linear,reference,reference-local"]
+    assert example.main(given) == 0
+    streams = capsys.readouterr()
+    assert "1 images lie at more than one site" in streams.err
+    rows = rows_of(out)
+    assert [(row["method"], row["epsilon"]) for row in rows] == [
+        ("linear", "8.0"),
+        ("linear", "inf"),
+        ("reference", "inf"),
+        ("reference-local", "inf"),
+    ]
+    for row in rows:
+        assert row["partition"] == "folders"
+        for name in ("raw", "clean", "site_a", "site_b", "site_c"):
+            assert 0 <= float(row[f"accuracy {name}"]) <= 1
+            assert 0 <= float(row[f"balanced accuracy {name}"]) <= 1
+        # A simulated run counts on the whole test set, and so does the adapter that it leaves.
+        assert float(row["accuracy raw"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
+        assert bool(row["best round"]) == row["method"].startswith("reference")
+    assert float(rows[2]["best-round accuracy raw"]) >= float(rows[2]["accuracy raw"])
+    page = (out / "results.md").read_text(encoding="utf-8")
+    assert "raw" in page
+    assert "82.74" in page
+    first, _ = (out / "private" / "linear" / "reports").iterdir()
+    report = json.loads(first.read_text(encoding="utf-8"))
+    assert report["stamp"] == "NO PRIVACY (seeded)"
+
+    def forbidden(*arguments: object, **named: object) -> None:
+        raise AssertionError("a finished run was run again")
+
+    monkeypatch.setattr(simulation, "run_in_memory", forbidden)
+    monkeypatch.setattr(example.reference, "_train", forbidden)
+    assert example.main(given) == 0
+    assert rows_of(out) == rows
+
+
+def test_a_feature_file(example: ModuleType, tmp_path: Path) -> None:
+    features, out = tmp_path / "features.npz", tmp_path / "out"
+    write_features(features, count=120)
+    given = ["--features", str(features), "--sites", "3", "--partition", "quantity:100", "--out", str(out), *SHORT]
+    given += ["--method", "linear,prototypes,reference-fedclip", "--epsilon", "inf"]
+    # 32 records a batch, and about 40 at each site.
+    assert example.main(given) == 0
+    assert [row["method"] for row in rows_of(out)] == ["linear", "prototypes", "reference-fedclip"]
+    # --rounds is not for a method of one release.
+    assert [row["rounds"] for row in rows_of(out)] == ["2", "1", "2"]
+    assert {row["partition"] for row in rows_of(out)} == {"quantity:100"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "code"),
+    [
+        (("--method", "reference", "--epsilon", "8"), "FS-1218"),
+        (("--method", "reference", "--epsilon", "inf", "--no-privacy", " "), "FS-1218"),
+        (("--method", "nothing"), "FS-1004"),
+        (("--eval-site", "site_x"), "FS-1151"),
+        (("--target", "site_d"), "FS-1137"),
+        (("--epsilon", "some"), "FS-1003"),
+    ],
+)
+def test_bad_requests_leave_no_results(
+    example: ModuleType, folders: Path, tmp_path: Path, changes: tuple[str, ...], code: str, capsys: Any
+) -> None:
+    given = [str(folders / "site_d") if value == "site_d" else value for value in changes]
+    out = tmp_path / "out"
+    assert example.main(["--data", str(folders), "--out", str(out), *SHORT, *given]) == 1
+    assert code in capsys.readouterr().err
+    assert not (out / "results.csv").exists()
+    assert not list(out.rglob("cells/*"))
