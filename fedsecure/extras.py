@@ -13,6 +13,7 @@ _EXTRA = {
     "PIL": "site",
     "jinja2": "report",
     "matplotlib": "report",
+    "peft": "lora",
 }
 
 

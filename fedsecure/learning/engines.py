@@ -16,6 +16,7 @@ from fedsecure.learning.units import UnitFeatures
 
 if TYPE_CHECKING:
     from fedsecure.learning.opacus_engine import ModuleTask
+    from fedsecure.learning.tower_task import TowerTask
 
 EngineName = Literal["auto", "opacus", "closed-form"]
 Precision = Literal["float64", "float32"]
@@ -88,6 +89,8 @@ def clipped_sum(
     from fedsecure.learning.modules import resolve_device
 
     where = resolve_device(device)
+    if not isinstance(task, HeadTask) and task.chunk is not None:
+        chunk = min(chunk, task.chunk)
     rows = max(1, chunk // max(units.mask.shape[1], 1))
     if name == "closed-form":
         from fedsecure.learning import closed_form
@@ -132,7 +135,7 @@ def clipped_units(
         )
 
 
-def check_fit(task: HeadTask, units: UnitFeatures) -> None:
+def check_fit(task: HeadTask | TowerTask, units: UnitFeatures) -> None:
     """Refuse units of another width or with labels outside the class list: ModelError FS-1638."""
     d, k = task.spec.dimension, task.spec.classes
     labels = units.labels[units.mask]

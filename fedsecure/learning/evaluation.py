@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,12 +19,15 @@ from fedsecure.learning.engines import check_fit
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.units import UnitFeatures
 
+if TYPE_CHECKING:
+    from fedsecure.learning.tower_task import TowerTask
+
 COUNT_SENSITIVITY = math.sqrt(2)
 _ROWS = 1024
 
 
 def predict(
-    task: HeadTask, parameters: Mapping[str, Any], features: npt.NDArray[Any], *, device: str = "auto"
+    task: HeadTask | TowerTask, parameters: Mapping[str, Any], features: npt.NDArray[Any], *, device: str = "auto"
 ) -> tuple[npt.NDArray[np.int64], Vector]:
     """Most likely class and class probabilities of each record, without the task's ``log_prior``.
 
@@ -51,7 +54,10 @@ def predict(
     from fedsecure.learning.modules import build_module, resolve_device
 
     where = resolve_device(device)
-    module = build_module(task, parameters, device=where, dtype=torch.float64).eval()
+    if isinstance(task, HeadTask):
+        module = build_module(task, parameters, device=where, dtype=torch.float64).eval()
+    else:
+        module = task.build(parameters).to(where, torch.float64).eval()
     probabilities = np.full((len(features), task.spec.classes), 1 / task.spec.classes)
     with torch.no_grad():
         for start in range(0, len(features), _ROWS):
@@ -63,7 +69,7 @@ def predict(
 
 
 def counts(
-    task: HeadTask, parameters: Mapping[str, Any], units: UnitFeatures, *, device: str = "auto"
+    task: HeadTask | TowerTask, parameters: Mapping[str, Any], units: UnitFeatures, *, device: str = "auto"
 ) -> tuple[Vector, Vector]:
     """Hits and totals per class, each unit counting 1 in all: a record of a unit of r records counts 1/r.
 

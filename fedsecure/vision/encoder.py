@@ -36,6 +36,8 @@ class Encoder:
         name: ``model/pretrained`` for people.
         fingerprint: SHA-256 in hex over the weights, architecture, preprocessing and tokenizer.
         dimension: feature width d.
+        preprocess: a PIL image → its float32 (3, s, s) tensor, as the model was trained.
+        tokenizer: texts → int64 (n, L) tokens.
         public_mean: float32 (d,), the mean of normalised features of public images for centring, or ``None``.
         scale: exp(logit_scale), by which its own training multiplied cosines.
         device: where it runs, such as ``"cpu"`` or ``"cuda"``.
@@ -53,14 +55,19 @@ class Encoder:
         device: str,
     ) -> None:
         self._model: Any = model.eval().requires_grad_(False)
-        self._preprocess = preprocess
-        self._tokenizer = tokenizer
+        self.preprocess = preprocess
+        self.tokenizer = tokenizer
         self.name = name
         self.fingerprint = fingerprint
         self.public_mean = public_mean
         self.scale = float(model.state_dict()["logit_scale"].exp())
         self.device = device
         self.dimension = int(self.encode_text(["width"]).shape[1])
+
+    @property
+    def network(self) -> Any:
+        """open_clip's model, frozen; to change anything in it, copy it first."""
+        return self._model
 
     def encode_images(
         self,
@@ -92,7 +99,7 @@ class Encoder:
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
             for start in range(0, len(images), batch_size):
                 stop = min(start + batch_size, len(images))
-                ready = list(pool.map(lambda i: self._preprocess(images[i]), range(start, stop)))
+                ready = list(pool.map(lambda i: self.preprocess(images[i]), range(start, stop)))
                 with torch.inference_mode(), self._precision():
                     encoded = self._model.encode_image(torch.stack(ready).to(self.device))
                 out[start:stop] = encoded.float().cpu().numpy()
@@ -112,7 +119,7 @@ class Encoder:
         import torch
 
         with torch.inference_mode():
-            tokens = self._tokenizer(list(prompts)).to(self.device)
+            tokens = self.tokenizer(list(prompts)).to(self.device)
             text = self._model.encode_text(tokens).float()
             unit = text / text.norm(dim=1, keepdim=True)
             return np.asarray(unit.cpu().numpy(), dtype=np.float32)
