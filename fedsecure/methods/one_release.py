@@ -23,6 +23,7 @@ from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import Privacy, PrivacyPlan
+from fedsecure.privacy.ring16 import RING_BITS
 
 # (statistics, declared units) → a direction for each class, (K, d), of length about 1.
 Directions = Callable[[Statistics, float], Vector]
@@ -102,7 +103,7 @@ class OneRelease:
         """The run's privacy plan; its parameters are the released numbers.
 
         Raises:
-            ConfigError: FS-1014 settings of a method of many steps.
+            ConfigError: FS-1014 settings of a method of many steps, or of the ring of 16 bits.
             PrivacyError: as :meth:`fedsecure.privacy.plan.Privacy.plan`.
         """
         method, privacy = settings.method, settings.privacy
@@ -115,6 +116,13 @@ class OneRelease:
                 f"sampling_rate = {found[2]:g} and learning_rate = {found[3]}",
                 expected='rounds = 1, local_steps = 1, sampling_rate = 1 and learning_rate = "auto": it asks once',
                 cure="set rounds = 1 under [method], and leave the others out",
+            )
+        if privacy.ring_bits == RING_BITS:
+            raise ConfigError(
+                "FS-1014",
+                f"method {self.name!r} with ring_bits = {privacy.ring_bits}",
+                expected="the ring of 32 bits: the statistics of a site are rounded as one sum, not unit by unit",
+                cure="leave ring_bits out",
             )
         return Privacy(**privacy.model_dump()).plan(
             parameters=self.layout(settings).length, units=settings.declared_units(), rounds=1, cohort=cohort

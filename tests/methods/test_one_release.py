@@ -104,3 +104,14 @@ def test_settings_of_many_steps_are_refused(name: str, wrong: dict[str, Any]) ->
     _, cohort = cohort_of(settings, trainers_only=True)
     with pytest.raises(ConfigError, match="FS-1014"):
         load_training_method(name).start(settings, cohort)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_ring_of_16_bits_is_refused_and_not_ignored(name: str) -> None:
+    settings = settings_for(name)
+    _, cohort = cohort_of(settings, trainers_only=True)
+    narrow = settings.model_copy(update={"privacy": settings.privacy.model_copy(update={"ring_bits": 16})})
+    with pytest.raises(ConfigError, match="FS-1014") as caught:
+        load_training_method(name).start(narrow, cohort)
+    assert "leave ring_bits out" in str(caught.value)
+    load_training_method(name).start(settings, cohort)
