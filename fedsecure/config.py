@@ -128,6 +128,7 @@ class MethodConfig(_Section):
         local_steps: gradient steps a site takes per round (``noise="local"``); one with distributed noise.
         learning_rate: ``"auto"`` follows the predicted signal-to-noise.
         temperature: τ of the logits; ``"auto"`` is the adapter's own default.
+        average: whether the result is the mean of the adapters of the second half of the rounds.
     """
 
     name: Label = "linear"
@@ -135,6 +136,7 @@ class MethodConfig(_Section):
     local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
     learning_rate: Literal["auto"] | Positive = "auto"
     temperature: Literal["auto"] | Positive = "auto"
+    average: bool = False
 
 
 class EvaluationConfig(_Section):

@@ -34,6 +34,7 @@ from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
 
 # Local changes are real numbers of order learning rate; 2^-24 keeps rounding far below the noise they carry.
 DELTA_GRID = 2.0**-24
+_MEAN = "mean."
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +73,7 @@ class AdapterDescent:
         return Ask(
             method=self.name,
             version=self.version,
-            inputs=state.tensors,
+            inputs={name: state.tensors[name] for name in self.spec(settings).shapes},
             segments=(self.segment(settings, cohort, plan, step=state.step),),
             events=plan.round_events,
             trainers_only=True,
@@ -81,7 +82,7 @@ class AdapterDescent:
 
     def absorb(self, settings: RunSettings, cohort: Cohort, state: ServerState, aggregate: Aggregate) -> ServerState:
         spec = self.spec(settings)
-        current = spec.flatten(state.tensors)
+        current = spec.flatten({name: state.tensors[name] for name in spec.shapes})
         if settings.privacy.noise == "distributed":
             rate, _ = self.rate(settings, cohort)
             rates = settings.sampling_rates()
@@ -89,7 +90,10 @@ class AdapterDescent:
             following = current - rate * aggregate.values["gradient"] / expected
         else:
             following = current + aggregate.values["change"]
-        return ServerState(step=state.step + 1, tensors=spec.unflatten(following), facts=state.facts)
+        tensors: Mapping[str, Tensor] = spec.unflatten(following)
+        if settings.method.average:
+            tensors = averaged(state, tensors, rounds=settings.method.rounds)
+        return ServerState(step=state.step + 1, tensors=tensors, facts=state.facts)
 
     # --- a site's half ----------------------------------------------------------------------------------------------
 
@@ -210,6 +214,22 @@ class AdapterDescent:
                 )
             return distributed_segment("gradient", length, clip_norm=privacy.max_grad_norm, units=units, **sizes)
         return exact_segment("change", length, grid=DELTA_GRID, sites=cohort.sites)
+
+
+def averaged(state: ServerState, following: Mapping[str, Tensor], *, rounds: int) -> Mapping[str, Tensor]:
+    """The tensors of the next state: the step's own and, beside them, their mean since half of the rounds; the mean
+    alone after the last (Polyak and Juditsky 1992, over the tail as in Jain et al. 2018). Post-processing.
+    """
+    taken = state.step - rounds // 2
+    if taken < 0:
+        return following
+    mean = {}
+    for name, value in following.items():
+        before = state.tensors[_MEAN + name] if taken else value
+        mean[name] = before + (value - before) / (taken + 1)
+    if state.step + 1 == rounds:
+        return mean
+    return {**following, **{_MEAN + name: value for name, value in mean.items()}}
 
 
 def _rotation_seed(settings: RunSettings, step: int) -> bytes:

@@ -337,6 +337,7 @@ class Residual(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.visual = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten())
+        self.logit_scale = nn.Parameter(torch.zeros(()))
 
     def encode_image(self, images: torch.Tensor) -> Any:
         return self.visual(images)

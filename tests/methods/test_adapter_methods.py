@@ -11,15 +11,18 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from fedsecure.config import PolicyConfig
+from fedsecure.config import MethodConfig, PolicyConfig
 from fedsecure.errors import ConfigError
 from fedsecure.learning.adapters import FORMS, AdapterKind, AdapterSpec
+from fedsecure.learning.artefact import load_adapter
 from fedsecure.learning.closed_form import BACKWARD
 from fedsecure.learning.modules import MODULES
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import RULES, train_locally
 from fedsecure.learning.units import UnitFeatures
+from fedsecure.methods.base import ServerState
 from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.descent import averaged
 from fedsecure.methods.registry import load_training_method
 from tests.federation_world import World
 
@@ -86,7 +89,10 @@ def test_methods_of_local_steps_refuse_distributed_noise(tmp_path: Path, name: s
 
 
 def whole_run(folder: Path, **options: Any) -> tuple[float, float]:
+    method = options.pop("method", None)
     world = World(folder, **options)
+    if method is not None:
+        world.settings = world.settings.model_copy(update={"method": method})
     core = world.start()
     world.run(*(world.take_part(name) for name in world.names))
     assert not world.errors, world.errors
@@ -103,3 +109,26 @@ def test_a_whole_run_in_memory(tmp_path: Path, name: str, noise: str) -> None:
     assert all(math.isfinite(value) and 0 <= value <= 1 for value in (before, after))
     kept = list((tmp_path / "site-1" / "state" / "runs").glob(f"*/{name}.safetensors"))
     assert bool(kept) == (name == "moon"), "only MOON keeps its last adapter, and it stays at the site"
+
+
+def test_averaging_keeps_the_mean_of_the_second_half() -> None:
+    rng = np.random.default_rng(0)
+    steps = [{"D": rng.normal(size=(3, 4)).astype(np.float32)} for _ in range(7)]
+    state = ServerState(tensors={"D": np.zeros((3, 4), np.float32)})
+    for index, following in enumerate(steps):
+        tensors = averaged(state, following, rounds=7)
+        if index < 6:
+            assert np.array_equal(tensors["D"], following["D"]), "training goes on from the last adapter"
+        state = ServerState(step=index + 1, tensors=tensors)
+    assert set(state.tensors) == {"D"}
+    assert state.tensors["D"].dtype == np.float32
+    assert np.allclose(state.tensors["D"], np.mean([step["D"] for step in steps[3:]], axis=0), atol=1e-6)
+    assert np.array_equal(averaged(ServerState(), steps[0], rounds=1)["D"], steps[0]["D"])
+
+
+def test_a_run_with_averaging_broadcasts_and_ends_with_adapters_alone(tmp_path: Path) -> None:
+    changed = MethodConfig(name="linear", rounds=3, average=True)
+    before, after = whole_run(tmp_path, method=changed, rounds=3)
+    assert after > before - 0.1
+    (kept,) = (tmp_path / "site-2" / "state" / "runs").glob("*/adapter.safetensors")
+    assert load_adapter(kept).task.spec.kind == "linear"

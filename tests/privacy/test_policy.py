@@ -57,7 +57,7 @@ def test_what_is_agreed_is_allowed() -> None:
 @pytest.mark.parametrize(
     ("code", "asked", "run", "policy"),
     [
-        ("FS-1220", query(method="moon"), {}, {}),
+        ("FS-1220", query(method="unheard-of"), {}, {}),
         ("FS-1221", query(), {}, {"noise": ("local",)}),
         ("FS-1222", query(), {}, {"min_noise_multiplier": 2.6}),
         ("FS-1223", query(), {"unit": "record"}, {}),
