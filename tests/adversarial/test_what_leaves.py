@@ -6,6 +6,8 @@ show; here it is their number and size, which no noise covers.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,8 @@ import numpy as np
 import pytest
 from federation_world import World
 
+from fedsecure.errors import FedsecureError
+from fedsecure.site import line, sources
 from fedsecure.site.rounds import Rounds
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
@@ -141,3 +145,44 @@ def test_a_client_that_talks_by_the_batch_is_noticed(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Rounds, "converse", by_the_batch)
     with pytest.raises(AssertionError):
         same_shape(tmp_path, "ridge", "distributed")
+
+
+def leave(folder: Path, spoil: Callable[[dict[str, Any]], None], limit: float) -> tuple[dict[str, Spy], set[str]]:
+    """Three sites with the same trouble, who all get as far as each other: what each sent, and what each was told."""
+    world = World(folder, rounds=1)
+    with np.load(world.features) as stored:
+        arrays = dict(stored)
+    spoil(arrays)
+    np.savez(world.features, **arrays)
+    world.start()
+    spies = {name: Spy(world.coordinator, name, world.gate) for name in world.names}
+    policy = world.site_config("site-1").policy.model_copy(update={"max_epsilon": limit})
+    world.run(*(world.take_part(n, transport=spies[n], changes={"policy": policy}) for n in world.names))
+    assert all(isinstance(error, FedsecureError) for error in world.errors.values()), world.errors
+    return spies, {error.code for error in world.errors.values() if isinstance(error, FedsecureError)}
+
+
+def test_why_records_cannot_be_used_is_not_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One bit gets out, that the site stops: the operator reads which row is bad, the others the word for any stop."""
+    read, together = sources.load_units, threading.Barrier(3)
+
+    def not_before_the_others(*arguments: Any, **options: Any) -> Any:
+        together.wait(60.0)
+        return read(*arguments, **options)
+
+    def spoil(arrays: dict[str, Any]) -> None:
+        arrays["train_x"][:3] = np.nan
+
+    monkeypatch.setattr(sources, "load_units", not_before_the_others)
+    monkeypatch.setattr(line, "GOODBYE_SECONDS", 60.0)  # a loaded machine never decides
+    spies, raised = leave(tmp_path, spoil, 8.0)
+    assert raised == {"FS-1110"}
+    assert {code for spy in spies.values() for _, code in spy.pulse if code} == {b"FS-1720"}
+    assert not any(b"FS-11" in sent for spy in spies.values() for sent in spy.bytes)
+
+
+def test_a_reason_outside_the_records_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(line, "GOODBYE_SECONDS", 60.0)
+    spies, raised = leave(tmp_path, lambda arrays: None, 0.1)
+    assert raised == {"FS-1201"}
+    assert {code for spy in spies.values() for _, code in spy.pulse if code} == {b"FS-1201"}
