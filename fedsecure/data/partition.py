@@ -1,7 +1,8 @@
 """Seeded federated partitions of one data set, for experiments and simulation: index lists, one a site.
 
 ``dirichlet`` is the label skew of Hsu, Qi & Brown 2019 (arXiv 1909.06335), drawn class by class over sites as in
-Li et al. 2022 (arXiv 2102.02079), whose ``quantity`` skew this also follows. Real federations are not partitioned.
+Li et al. 2022 (arXiv 2102.02079), whose ``quantity`` skew this also follows. ``equal_dirichlet`` is what the released
+CReFF (IJCAI 2022) and CLIP2FL (AAAI 2024) programs do. Real federations are not partitioned.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from fedsecure.errors import DataError
 
 Indices = npt.NDArray[np.int64]
 _TRIES = 1000
+_AUXILIARY = 10
 
 
 def iid(records: int, sites: int, *, seed: int) -> tuple[Indices, ...]:
@@ -64,6 +66,55 @@ def quantity(records: int, sites: int, *, alpha: float, seed: int, minimum: int 
         if min(len(part) for part in parts) >= minimum:
             return parts
     raise _no_draw(alpha, minimum)
+
+
+def equal_dirichlet(labels: npt.NDArray[np.int64], sites: int, *, alpha: float, seed: int) -> tuple[Indices, ...]:
+    """Label skew at sites of one size, as the released CReFF and CLIP2FL programs share records out.
+
+    Shuffled records are cut into ⌈sites/10⌉ chunks, each for up to ten auxiliary sites. In a chunk each class is shared
+    out by Dirichlet(α), with nothing for a site that has its part already, until the smallest site has half of the
+    mean. All are then put end to end and cut again into sites of equal size (±1), which mixes neighbours: this is
+    comparable with the papers' figures, and not an exact Dirichlet draw.
+
+    Args:
+        labels: int64 (n,).
+        sites: number of sites ≥ 1.
+        alpha: α > 0; small is more skewed.
+        seed: ≥ 0.
+
+    Raises:
+        DataError: FS-1130 too few records or α ≤ 0, FS-1131 no draw gave every auxiliary site half of the mean.
+    """
+    _check(len(labels), sites, 1)
+    _check_alpha(alpha)
+    rng = np.random.default_rng(seed)
+    chunks = -(-sites // _AUXILIARY)
+    order: list[Indices] = []
+    for index, chunk in enumerate(np.array_split(rng.permutation(len(labels)), chunks)):
+        workers = min(_AUXILIARY, sites - _AUXILIARY * index)
+        order += _auxiliary(labels, chunk, workers, alpha=alpha, rng=rng)
+    return tuple(np.sort(part).astype(np.int64) for part in np.array_split(np.concatenate(order), sites))
+
+
+def _auxiliary(
+    labels: npt.NDArray[np.int64], rows: Indices, workers: int, *, alpha: float, rng: np.random.Generator
+) -> list[Indices]:
+    target = len(rows) / workers
+    for _ in range(_TRIES):
+        shares: list[list[Indices]] = [[] for _ in range(workers)]
+        sizes = np.zeros(workers)
+        for label in np.unique(labels[rows]):
+            members = rng.permutation(rows[labels[rows] == label])
+            shown = rng.dirichlet(np.full(workers, alpha)) * (sizes < target)
+            # With a small alpha all of a class may fall to sites that are full.
+            wanted = shown / shown.sum() if shown.sum() > 0 else (sizes < target) / max((sizes < target).sum(), 1)
+            cuts = (np.cumsum(wanted)[:-1] * len(members)).astype(np.int64)
+            for worker, part in enumerate(np.split(members, cuts)):
+                shares[worker].append(part)
+                sizes[worker] += len(part)
+        if sizes.min() >= int(target / 2):
+            return [np.concatenate(share) for share in shares]
+    raise _no_draw(alpha, int(target / 2))
 
 
 def released_split(records: int) -> tuple[Indices, Indices, Indices]:
