@@ -120,11 +120,18 @@ class SetUp:
         self._server.receive(site, message)
 
     def advance(self, now: float, alive: Callable[[str], bool]) -> Step | None:
-        """End the phase if it is ripe; the last step has phase ``"done"``. As :meth:`Attempt.advance` otherwise."""
+        """End the phase if it is ripe; the last step has phase ``"done"``. As :meth:`Attempt.advance` otherwise.
+
+        Raises:
+            RoundAborted: too few sites are left; or FS-1363, too few of those that shared keys: a set-up that can serve
+                nobody counts as a failed attempt, so the run does not set up keys for ever.
+        """
         missing = self._server.waiting_for()
         if missing and any(alive(site) for site in missing) and now < self._deadline:
             return None
         relays = dict(self._server.close())
+        if self.phase is Phase.DONE:
+            self._require_holders(alive)
         self._deadline = now + self._waits.phase_seconds
         return Step(self._server.phase.name.lower(), relays)
 
@@ -134,11 +141,23 @@ class SetUp:
         Args:
             cohort: of the attempt.
             present: site → session of those that are there. One that came, or came back, since the set-up has no keys,
-                and gets them by a new one; one that was there and did not answer waits for the next.
+                and gets them by a new one, but not before these keys have served once: a site that comes back again and
+                again cannot keep the run at setting up keys. One that was there and did not answer waits for the next.
         """
         newcomers = [site for site, token in present.items() if self._tokens.get(site) != token]
         holders = [site for site in self._server.members if present.get(site) == self._tokens[site]]
-        return not newcomers and self._server.serves(cohort, holders)
+        return (self._server.next_slot == 0 or not newcomers) and self._server.serves(cohort, holders)
+
+    def _require_holders(self, alive: Callable[[str], bool]) -> None:
+        gone = [site for site in self.holders if not alive(site)]
+        left, needed = len(self.holders) - len(gone), self._server.descriptor.min_survivors
+        if left < needed:
+            raise RoundAborted(
+                "FS-1363",
+                f"{left} of {needed} needed still hold the keys just set up; gone: {', '.join(gone)}",
+                expected=f"keys at {needed} sites at least",
+                cure="bring the missing sites back; the next set-up uses new keys",
+            )
 
     @property
     def holders(self) -> tuple[str, ...]:
