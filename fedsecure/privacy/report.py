@@ -21,7 +21,7 @@ from fedsecure.privacy.ledger import Entry, Ledger
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.privacy.policy import collusion
 from fedsecure.privacy.report_figures import by_purpose, compact, finite, price, several_sites, shares
-from fedsecure.privacy.report_text import NOT_PROTECTED, SEEDED, assumptions, statement
+from fedsecure.privacy.report_text import SEEDED, assumptions, not_protected, stamp, statement
 
 SCHEMA = "fedsecure/privacy-report"
 SCHEMA_VERSION = 2
@@ -78,12 +78,15 @@ def site_report(
         if dataset is not None
     }
     privacy = settings.privacy
+    no_privacy = privacy.no_privacy or None
     number, digest = ledger.head()
     return {
-        **_header("site", settings.name, run, seeded),
+        **_header("site", settings.name, run, seeded=seeded, no_privacy=no_privacy),
         "site": site,
         "role": role,
-        **headline(budgets, role=role, site=site, unit=privacy.unit, delta=delta, seeded=seeded),
+        **headline(
+            budgets, role=role, site=site, unit=privacy.unit, delta=delta, seeded=seeded, no_privacy=no_privacy
+        ),
         "delta": delta,
         "unit": privacy.unit,
         "max_records_per_unit": privacy.max_records_per_unit,
@@ -104,7 +107,7 @@ def site_report(
             rates=plan.sampling_rates,
             sites=privacy.max_sites_per_patient,
         ),
-        "not_protected": list(NOT_PROTECTED),
+        "not_protected": not_protected(no_privacy),
         "max_sites_per_patient": privacy.max_sites_per_patient,
         "audit": dict(audit) if audit is not None else None,
         "ledger": {"rows": number, "head": digest},
@@ -113,7 +116,14 @@ def site_report(
 
 
 def headline(
-    budgets: Mapping[Any, Mapping[str, Any]], *, role: str, site: str, unit: str, delta: float, seeded: bool
+    budgets: Mapping[Any, Mapping[str, Any]],
+    *,
+    role: str,
+    site: str,
+    unit: str,
+    delta: float,
+    seeded: bool,
+    no_privacy: str | None,
 ) -> dict[str, Any]:
     """``statement``, ``epsilon``, ``epsilon_evaluation`` and ``mu`` of one site, from its budgets."""
     paid = {population: budget["this_run"] for population, budget in budgets.items() if budget["releases"]}
@@ -124,7 +134,7 @@ def headline(
     return {
         "statement": statement(
             role=role, site=site, unit=unit, delta=delta, epsilon=trained["epsilon"] if trained else None,
-            evaluation=evaluation, attack=attack, seeded=seeded,
+            evaluation=evaluation, attack=attack, seeded=seeded, no_privacy=no_privacy,
         ),
         "epsilon": trained["epsilon"] if trained else none,
         "epsilon_evaluation": evaluation,
@@ -153,12 +163,15 @@ def network_report(sites: Sequence[Mapping[str, Any]], *, audit: Mapping[str, An
             "FS-1230", f"{len(sites)} site reports that are not of one run", expected="at least one, all of one run",
             cure="collect the reports of the same run folder",
         )  # fmt: skip
+    # In one order, whoever joins them: where two say the same, the first by name is taken.
+    sites = sorted((dict(report) for report in sites), key=lambda report: str(report["site"]))
     first = sites[0]
     trained = [report for report in sites if report["role"] == "train"]
     worst = max(trained or sites, key=lambda r: math.inf if r["epsilon"] is None else r["epsilon"])
     ended = max(sites, key=lambda report: len(report["rounds"]))
     evaluated = [r["epsilon_evaluation"] for r in sites if r["epsilon_evaluation"] is not None]
     seeded = any(report["seeded"] for report in sites)
+    no_privacy = next(filter(None, (report.get("no_privacy") for report in sites)), None)
     declared = max(report.get("max_sites_per_patient", 1) for report in sites)
     several = several_sites(sites, first["delta"], declared=declared)
     epsilon, mu, evaluation, attack = worst["epsilon"], worst["mu"], max(evaluated, default=None), None
@@ -176,10 +189,11 @@ def network_report(sites: Sequence[Mapping[str, Any]], *, audit: Mapping[str, An
         "schema_version": SCHEMA_VERSION,
         "kind": "network",
         "seeded": seeded,
-        "stamp": SEEDED if seeded else None,
+        "no_privacy": no_privacy,
+        "stamp": stamp(seeded=seeded, no_privacy=no_privacy),
         "statement": statement(
             role="train", site="a hospital of the network", unit=first["unit"], delta=first["delta"],
-            epsilon=epsilon, evaluation=evaluation, seeded=seeded, attack=attack, sites=declared,
+            epsilon=epsilon, evaluation=evaluation, seeded=seeded, no_privacy=no_privacy, attack=attack, sites=declared,
         ),
         "epsilon": epsilon,
         "epsilon_evaluation": evaluation,
@@ -193,11 +207,11 @@ def network_report(sites: Sequence[Mapping[str, Any]], *, audit: Mapping[str, An
         "audit": dict(audit) if audit is not None else None,
         "rounds": ended["rounds"],
         "accuracy": ended["accuracy"],
-        "sites": sorted((dict(report) for report in sites), key=lambda report: str(report["site"])),
+        "sites": list(sites),
     }  # fmt: skip
 
 
-def _header(kind: str, federation: str, run: str, seeded: bool) -> dict[str, Any]:
+def _header(kind: str, federation: str, run: str, *, seeded: bool, no_privacy: str | None) -> dict[str, Any]:
     return {
         "schema": SCHEMA,
         "schema_version": SCHEMA_VERSION,
@@ -205,7 +219,8 @@ def _header(kind: str, federation: str, run: str, seeded: bool) -> dict[str, Any
         "federation": federation,
         "run": run,
         "seeded": seeded,
-        "stamp": SEEDED if seeded else None,
+        "no_privacy": no_privacy,
+        "stamp": stamp(seeded=seeded, no_privacy=no_privacy),
         "versions": {
             **{name: _version(name) for name in ("fedsecure", "numpy", "cryptography", "dp-accounting")},
             "python": platform.python_version(),

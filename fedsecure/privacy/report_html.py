@@ -83,7 +83,7 @@ def render_html(report: Mapping[str, Any]) -> str:
     plots = dict.fromkeys(("attack", "epsilon", "accuracy", "utility"), "")
     if worst is not None:
         plots["attack"] = _plot(_attack, worst)
-        plots["epsilon"] = _plot(_spent, trained, report["mechanism"]["target_epsilon"])
+        plots["epsilon"] = _plot(_spent, trained, _target(report))
     if report["accuracy"] and report["accuracy"]["before"] and report["accuracy"]["after"]:
         plots["accuracy"] = _plot(_accuracy, report["accuracy"])
         if report["epsilon"] and report["accuracy"]["after"]["accuracy"] is not None:
@@ -100,7 +100,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         sites=sites,
         worst=worst,
         plots=plots,
-        mechanism=_mechanism_rows(report["mechanism"]),
+        mechanism=_mechanism_rows(report["mechanism"], target=_target(report)),
         exposure=exposure(report),
         audits=_audits(report, sites),
         definition=_definition(sites),
@@ -148,7 +148,12 @@ def _percent(value: Any) -> str:
     return f"{value:.1%}" if isinstance(value, int | float) else "–"
 
 
-def _mechanism_rows(m: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _target(report: Mapping[str, Any]) -> float | None:
+    """The ε that the noise was made for; a run without privacy was made for none."""
+    return None if report.get("no_privacy") else float(report["mechanism"]["target_epsilon"])
+
+
+def _mechanism_rows(m: Mapping[str, Any], *, target: float | None) -> list[tuple[str, str]]:
     place = {
         "distributed": "exact discrete Gaussian, a share from each site, whole only in the secure sum",
         "local": "Gaussian, whole at each site and each local step",
@@ -167,7 +172,7 @@ def _mechanism_rows(m: Mapping[str, Any]) -> list[tuple[str, str]]:
             "planned",
             f"{m['rounds_planned']} rounds × {m['local_steps']} local step(s), spare attempts: {m['spare_attempts']}",
         ),
-        ("target ε", f"{m['target_epsilon']:g}"),
+        ("target ε", "none: the run does without privacy" if target is None else f"{target:g}"),
         ("predicted signal-to-noise a step", f"{m['signal_to_noise']:.3g}"),
         ("accountant", m["accountant"]),
         ("random numbers", m["generator"]),
@@ -219,7 +224,7 @@ def _attack(figure: Figure, price: Mapping[str, Any]) -> None:
     axes.set_ylabel("rightly recognised, at most", color=_INK)
 
 
-def _spent(figure: Figure, sites: Sequence[Mapping[str, Any]], target: float) -> None:
+def _spent(figure: Figure, sites: Sequence[Mapping[str, Any]], target: float | None) -> None:
     axes = _axes(figure)
     # Sites that pay alike share a line.
     lines: dict[tuple[float | None, ...], list[str]] = {}
@@ -235,8 +240,11 @@ def _spent(figure: Figure, sites: Sequence[Mapping[str, Any]], target: float) ->
             [0, *(k for k, _ in points)], [0.0, *(epsilon for _, epsilon in points)], where="post", linewidth=2,
             color=_COLOURS[index % len(_COLOURS)], label=label,
         )  # fmt: skip
-    axes.axhline(target, color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
-    axes.annotate(f"target {target:g}", (0, target), xytext=(4, -4), textcoords="offset points", color=_SOFT, va="top")
+    if target is not None:
+        axes.axhline(target, color=_SOFT, linewidth=1.2, linestyle=(0, (4, 3)))
+        axes.annotate(
+            f"target {target:g}", (0, target), xytext=(4, -4), textcoords="offset points", color=_SOFT, va="top"
+        )
     axes.set_xlim(0, longest + 0.5)
     axes.set_ylim(bottom=0)
     axes.locator_params(axis="x", integer=True)

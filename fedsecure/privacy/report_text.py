@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 SEEDED = "NO PRIVACY (seeded)"
+CONSENTED = "NO PRIVACY (by consent)"
 
 ADVERSARIES = {
     "outsider": "anyone who sees every released sum and model, and runs no site",
@@ -23,6 +24,18 @@ NOT_PROTECTED = (
     "the data the encoder was pretrained on, and whatever a site publishes outside this system",
     "correctness of the model against a site or an aggregator that poisons it",
 )
+
+
+def stamp(*, seeded: bool, no_privacy: str | None) -> str | None:
+    """What has to be said before anything else, if anything has."""
+    return SEEDED if seeded else CONSENTED if no_privacy else None
+
+
+def not_protected(no_privacy: str | None) -> list[str]:
+    """What no figure of a report promises; ``no_privacy`` is the settings' reason to go without."""
+    if not no_privacy:
+        return list(NOT_PROTECTED)
+    return [f"any record that was used: the run's settings do without privacy ({no_privacy})", *NOT_PROTECTED]
 
 
 def exposure(report: Mapping[str, Any]) -> list[str]:
@@ -108,14 +121,31 @@ def statement(
     evaluation: float | None,
     attack: Mapping[str, Any] | None,
     seeded: bool,
+    no_privacy: str | None = None,
     sites: int = 1,
 ) -> str:
-    """The report in words for a reader who knows no mathematics; ``attack`` has ``fpr`` and ``tpr``, ``sites`` says at
-    how many sites a unit may be."""
+    """The report in words for a reader who knows no mathematics.
+
+    Args:
+        role, site, unit, delta: whose report it is, about whom.
+        epsilon, evaluation: ε of the training and of the evaluation units; ``None`` where nothing was released.
+        attack: ``fpr`` and ``tpr`` of a membership attack.
+        seeded, no_privacy: whether the noise came from a seed; why the run's settings do without privacy.
+        sites: at how many sites a unit may be.
+    """
     if seeded:
         return (
             f"{SEEDED}. The noise of this run came from a seed and can be subtracted by whoever knows it. "
             "It is a simulation: none of the figures below protects anybody."
+        )
+    if no_privacy:
+        paid = (
+            "" if epsilon is None else f" The ε of {epsilon:.3g} says what that token is worth: nothing to a patient."
+        )
+        return (
+            f"{CONSENTED}. This run was made for data that may be published; the reason its settings give is: "
+            f"{no_privacy}. Its noise is a token and hides nobody, whatever figures follow.{paid} "
+            "Only secure aggregation stood between a single site's update and the others."
         )
     one, many = ("patient", "patients") if unit == "patient" else ("image", "images")
     parts = []

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from docs_pages import PACKAGE, literal, page, sections, table
 
-from fedsecure.privacy.report_text import ADVERSARIES, NOT_PROTECTED, SEEDED, band
+from fedsecure.privacy.report_text import ADVERSARIES, CONSENTED, NOT_PROTECTED, SEEDED, band
 
 SCHEMA: dict[str, Any] = json.loads((PACKAGE / "privacy" / "report.schema.json").read_text(encoding="utf-8"))
 DEFS: dict[str, Any] = SCHEMA["$defs"]
@@ -106,7 +106,7 @@ def test_the_checks_see_what_is_missing() -> None:
         "steps",
     }
     assert values(release["state"]) == {"RESERVED", "COMMITTED", "VOID"}
-    assert values(DEFS["site"]["properties"]["stamp"]) == {SEEDED}
+    assert values(DEFS["site"]["properties"]["stamp"]) == {SEEDED, CONSENTED}
     assert inner(DEFS["accuracy"]["properties"]["before"]) == {"accuracy", "balanced_accuracy"}
 
 

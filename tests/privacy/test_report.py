@@ -82,7 +82,7 @@ def spend(folder: Path, site: str, events: tuple[Event, ...], *, rounds: int = 6
             round=number,
             attempt=0,
             query_digest=DIGEST,
-            limit_epsilon=50.0,
+            limit_epsilon=1e9,
             delta=1e-5,
         )
         if number != 1:
@@ -262,6 +262,26 @@ def test_a_seeded_run_is_stamped_everywhere(tmp_path: Path) -> None:
     assert merged["stamp"] == "NO PRIVACY (seeded)"
     assert '<p class="stamp">NO PRIVACY (seeded)</p>' in render_html(merged)
     assert "NO PRIVACY" not in render_html(trainer(tmp_path, "west"))
+
+
+def test_a_run_without_privacy_says_so_first_and_why(tmp_path: Path) -> None:
+    report = trainer(tmp_path, no_privacy="public <data>")
+    validate(report)
+    assert report["stamp"] == "NO PRIVACY (by consent)"
+    assert report["statement"].startswith("NO PRIVACY (by consent)")
+    assert "public <data>" in report["statement"]
+    assert "usual standards" not in report["statement"]
+    assert "public <data>" in report["not_protected"][0]
+    merged = network_report([report, trainer(tmp_path, "south", no_privacy="public <data>")])
+    validate(merged)
+    assert merged["stamp"] == report["stamp"]
+    for page in (render_html(report), render_html(merged)):
+        assert '<p class="stamp">NO PRIVACY (by consent)</p>' in page
+        assert "public &lt;data&gt;" in page
+        assert "none: the run does without privacy" in page
+    # Without the reason the same noise is called weak, and no word is said about consent.
+    private = trainer(tmp_path, "west")
+    assert (private["no_privacy"], private["stamp"]) == (None, None)
 
 
 class Page(HTMLParser):

@@ -211,6 +211,30 @@ def test_a_network_s_report_is_checked_site_by_site(tmp_path: Path) -> None:
     assert not check(whole | {"sites": []}).ok
 
 
+def test_whatever_a_network_s_report_adds_or_leaves_out_is_found(tmp_path: Path) -> None:
+    """Only sites sign: each word of the federation's part has to follow from theirs."""
+    whole = network_report([sign(site) for site in reversed(network(tmp_path)["sites"])])
+    assert check(whole).ok
+    edited = {"rounds": [], "accuracy": None, "not_protected": ["nothing to worry about"], "assumptions": ["none"]}
+    edited |= {"secagg": whole["secagg"] | {"colluders": 2}, "mechanism": whole["mechanism"] | {"clip_norm": 7.5}}
+    edited |= {"versions": {}, "max_records_per_unit": 1, "no_privacy": "consent", "surprise": 1, "delta": 1e-9}
+    for key, value in edited.items():
+        assert not check(whole | {key: value}).consistent, key
+    assert not check({key: value for key, value in whole.items() if key != "not_protected"}).consistent
+    # An audit follows from nothing, so somebody has to stand for it.
+    audited = attach_audit(whole, audit_result())
+    assert (check(audited).consistent, check(audited).ok) == (True, False)
+    assert check(audited).signatures["network"] == "missing"
+    assert check(sign(audited, site="rest")).ok
+
+
+def test_why_a_run_does_without_privacy_is_part_of_what_is_checked(tmp_path: Path) -> None:
+    report = sign(trainer(tmp_path, no_privacy="public data"))
+    assert check(report).ok
+    for change in ({"no_privacy": None}, {"no_privacy": "data of volunteers"}, {"stamp": None}):
+        assert not check(sign(report | change)).consistent, change
+
+
 def test_a_report_of_the_first_format_can_still_be_checked(tmp_path: Path) -> None:
     older = first_format(network(tmp_path))
     older["sites"] = [sign(site) for site in older["sites"]]
