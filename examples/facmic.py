@@ -20,6 +20,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ from fedsecure.cli.display import err, out, show_error
 from fedsecure.cli.simulated import simulation_progress
 from fedsecure.errors import ConfigError, FedsecureError
 from fedsecure.files import write_whole
+from fedsecure.methods.base import TrainingMethod
 from fedsecure.methods.recommend import ROUNDS
 from fedsecure.methods.registry import load_training_method
-from fedsecure.simulation import reference
+from fedsecure.simulation import alone, reference
 from fedsecure.simulation.folders import Experiment, from_pool, lay_out_experiment, read_folders
 from fedsecure.simulation.pool import read_pool
 from fedsecure.simulation.simulate import SimulationOptions, Step, listed, numbers, open_results, simulate
-from fedsecure.simulation.tables import COLUMNS, plot, summarise, to_markdown
+from fedsecure.simulation.tables import COLUMNS, epsilon_text, plot, summarise, to_markdown
 
-INSTALLED = ("facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck")
+METHODS = (
+    "facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck", "fedfocal", "fedavg", "fedprox", "moon",
+    "local-only-linear",
+)  # fmt: skip
 REASON = "to compare with, on data whose user declares them public"
 REPORTED = "Reported in the paper (ViT-B/16 or B/32, best or last round unknown): BT 82.74, SC 58.47, Real 72.37 %."
 
@@ -62,6 +67,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, help="of the private methods")
+    parser.add_argument("--local-steps", type=int, default=1, help="a round, of methods with local noise")
+    parser.add_argument("--colluders", type=int, help="with --features; sites the sum withstands")
+    parser.add_argument("--min-survivors", type=int, help="with --features; fewest sites in a sum")
     parser.add_argument("--reference-rounds", type=int, default=reference.ROUNDS)
     parser.add_argument("--reference-steps", type=int, help="a round; 0 for one pass, 199 by default")
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
@@ -72,7 +80,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Private methods and references; each is known, and a reference that was named has an ε = inf to run at."""
     if options.method is None:
-        names = (*reference.NAMES, *INSTALLED) if math.inf in epsilons else INSTALLED
+        names = (*reference.NAMES, *METHODS) if math.inf in epsilons else METHODS
     else:
         names = listed(options.method)
     references = tuple(name for name in names if name in reference.NAMES)
@@ -83,13 +91,23 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
         if name in references:
             continue
         try:
-            load_training_method(name)
+            method_of(name)
         except ConfigError:
             if options.method is not None:
                 raise
             continue
         private.append(name)
     return tuple(private), references
+
+
+def method_of(name: str) -> TrainingMethod:
+    """The installed method behind a name; ConfigError FS-1004."""
+    return alone.trained_alone(name) if name.startswith(alone.PREFIX) else load_training_method(name)
+
+
+def noises_of(name: str, options: argparse.Namespace) -> tuple[str, ...]:
+    """The noises asked for, or local noise for a method that knows no other."""
+    return ("local",) if getattr(method_of(name), "local_only", "") else listed(options.noise)
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -101,6 +119,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         warn(experiment(0))
         rows = []
         for name in private:
+            if name.startswith(alone.PREFIX):
+                rows += run_alone(options, name, experiment, epsilons, watch)
+                continue
             chosen = replace(simulation(name), epsilons=epsilons)
             for row in simulate(chosen, watch=watch)["rows"]:
                 file = chosen.out / "adapters" / f"{row['cell']}.safetensors"
@@ -127,18 +148,48 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     return write(options, rows, reference.zero_shot(experiment(0)))
 
 
+def run_alone(
+    options: argparse.Namespace,
+    name: str,
+    experiment: Callable[[int], Experiment],
+    epsilons: Sequence[float],
+    watch: Callable[[Step], None],
+) -> list[dict[str, Any]]:
+    """Every site by itself, for each ε and seed."""
+    kept = open_results(options.out / "alone")
+    cells = list(product(epsilons, range(options.seeds)))
+    return [
+        alone.run_alone(
+            experiment(seed),
+            name,
+            out=kept,
+            epsilon=epsilon,
+            seed=seed,
+            delta=options.delta,
+            partition="iid" if options.data else options.partition,
+            rounds=options.rounds,
+            watch=at(watch, done, len(cells), f"{name}, ε = {epsilon_text(epsilon)}, seed {seed}"),
+        )
+        for done, (epsilon, seed) in enumerate(cells)
+    ]
+
+
 def prepare(
     options: argparse.Namespace, watch: Callable[[Step], None]
 ) -> tuple[Callable[[int], Experiment], Callable[[str], SimulationOptions]]:
     """Records by seed, and the options of a simulation of a method on them."""
 
     def common(method: str) -> SimulationOptions:
+        noises = noises_of(method, options)
         return SimulationOptions(
             out=options.out / "private" / method,
             methods=(method,),
-            noises=listed(options.noise),
+            noises=noises,
             seeds=options.seeds,
             delta=options.delta,
+            colluders=options.colluders,
+            min_survivors=options.min_survivors,
+            local_steps=options.local_steps if noises == ("local",) else 1,
             # A method of one release has one round, whatever the others have.
             rounds=None if ROUNDS.get(method) == 1 else options.rounds,
         )
@@ -253,8 +304,7 @@ def by_set(flat: list[dict[str, Any]], sets: list[str], sites: list[str]) -> str
         key = ("method", "noise", "epsilon")
         members = [row for row in flat if all(row[name] == entry[name] for name in key)]
         sent = sum(row["bytes_up"] / row["rounds"] for row in members) / len(members)
-        epsilon = "∞" if math.isinf(entry["epsilon"]) else f"{entry['epsilon']:g}"
-        cells = [entry["method"], entry["noise"], epsilon, f"{sent / 1e3:.1f}"]
+        cells = [entry["method"], entry["noise"], epsilon_text(entry["epsilon"]), f"{sent / 1e3:.1f}"]
         for part in parts:
             mean, spread = part[position]["accuracy"], part[position]["accuracy_std"]
             cells.append("–" if mean is None else f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""))

@@ -178,8 +178,9 @@ def _refused(error: ValidationError) -> ConfigError:
 
 def _sections(options: DemoOptions) -> tuple[MethodConfig, PrivacyConfig, RoundsConfig]:
     from fedsecure.methods.recommend import ROUNDS
+    from fedsecure.simulation.placing import FEW_ROUNDS
 
-    rounds = ROUNDS.get(options.adapter, 20) if options.rounds is None else options.rounds
+    rounds = ROUNDS.get(options.adapter, FEW_ROUNDS) if options.rounds is None else options.rounds
     method = MethodConfig(name=options.adapter, rounds=rounds, local_steps=options.local_steps)
     privacy = PrivacyConfig(
         target_epsilon=options.epsilon,

@@ -29,14 +29,15 @@ from fedsecure.config import (
 )
 from fedsecure.errors import ConfigError
 from fedsecure.files import make_folder
+from fedsecure.methods.recommend import ROUNDS
 from fedsecure.simulation.pool import Pool, read_pool, share_out, write_site
 from fedsecure.simulation.scaffold import SitePlan, lay_out
 
 if TYPE_CHECKING:
     from fedsecure.simulation.simulate import SimulationOptions
 
-# Rounds of a run where nobody says otherwise; a method that is not named here gets 20.
-ROUNDS = {"linear": 20, "facmic": 60, "prototypes": 1, "ridge": 1}
+# Of a method that `fedsecure plan` does not weigh.
+FEW_ROUNDS = 20
 WITHOUT = "a simulation without privacy, to compare with"
 # Above what a run without privacy is charged.
 _UNLIMITED = 1e9
@@ -70,7 +71,7 @@ def _varied(raw: Mapping[str, Any], options: SimulationOptions, variant: Variant
     """The sections ``method`` and ``privacy`` of a cell."""
     method, privacy = dict(raw.get("method", {})), dict(raw.get("privacy", {}))
     if method.get("name") != variant.method or "rounds" not in method:
-        method["rounds"] = ROUNDS.get(variant.method, 20)
+        method["rounds"] = ROUNDS.get(variant.method, FEW_ROUNDS)
     if options.rounds is not None:
         method["rounds"] = options.rounds
     method["name"] = variant.method

@@ -11,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -211,11 +211,7 @@ def _scores(
     different = list({id(values): values for values in held.values()}.values())
     tests = {}
     for name, part in experiment.tests.items():
-        found = [of(part, values) for values in different]
-        tests[name] = {
-            **{metric: float(np.mean([f[metric] for f in found])) for metric in ("accuracy", "balanced_accuracy")},
-            "records": len(part),
-        }
+        tests[name] = mean_score([of(part, values) for values in different])
     return {"tests": tests, "sites": {name: of(part, held[name]) for name, part in experiment.own.items()}}
 
 
@@ -228,6 +224,12 @@ def score(predicted: Any, part: Part, classes: int) -> Scores:
         "balanced_accuracy": balanced_accuracy(hits, totals),
         "records": len(part),
     }
+
+
+def mean_score(found: Sequence[Scores]) -> Scores:
+    """The mean over several models of scores on the same records."""
+    means = {metric: float(np.mean([f[metric] for f in found])) for metric in ("accuracy", "balanced_accuracy")}
+    return {**means, "records": found[0]["records"]}
 
 
 def zero_shot(experiment: Experiment) -> dict[str, Scores]:

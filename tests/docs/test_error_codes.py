@@ -36,7 +36,7 @@ SHARED = {
         "simulation/simulate.py",
     },
     "FS-1009": {"simulation/demo.py", "simulation/simulate.py"},
-    "FS-1010": {"simulation/material.py", "simulation/placing.py", "simulation/pool.py"},
+    "FS-1010": {"simulation/alone.py", "simulation/material.py", "simulation/placing.py", "simulation/pool.py"},
     "FS-1100": {"data/features.py", "data/images.py", "data/loading.py", "simulation/material.py"},
     "FS-1109": {"data/arrays.py", "data/dataset.py"},
     "FS-1111": {"data/arrays.py", "data/dataset.py"},

@@ -54,7 +54,7 @@ def test_folders(
 ) -> None:
     out = tmp_path / "out"
     given = ["--data", str(folders), "--transductive", "--epsilon", "8,inf", "--out", str(out), *SHORT]
-    given += ["--method", "linear,reference,reference-local"]
+    given += ["--method", "linear,local-only-linear,reference,reference-local"]
     assert example.main(given) == 0
     streams = capsys.readouterr()
     assert "1 images lie at more than one site" in streams.err
@@ -62,6 +62,8 @@ def test_folders(
     assert [(row["method"], row["epsilon"]) for row in rows] == [
         ("linear", "8.0"),
         ("linear", "inf"),
+        ("local-only-linear", "8.0"),
+        ("local-only-linear", "inf"),
         ("reference", "inf"),
         ("reference-local", "inf"),
     ]
@@ -73,7 +75,7 @@ def test_folders(
         # A simulated run counts on the whole test set, and so does the adapter that it leaves.
         assert float(row["accuracy raw"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
         assert bool(row["best round"]) == row["method"].startswith("reference")
-    assert float(rows[2]["best-round accuracy raw"]) >= float(rows[2]["accuracy raw"])
+    assert float(rows[4]["best-round accuracy raw"]) >= float(rows[4]["accuracy raw"])
     page = (out / "results.md").read_text(encoding="utf-8")
     assert "raw" in page
     assert "82.74" in page
