@@ -107,7 +107,7 @@ class Ledger(LedgerStore):
         Raises:
             BudgetExceeded: FS-1201, with projected ε, spent ε and limit; nothing was charged.
             LedgerError: FS-1257 charged already, FS-1259 an argument is wrong, FS-1265 the data set's units are all
-                others than before; FS-1254, FS-1255, FS-1262 to FS-1264.
+                others than before, FS-1270 the clock went back; FS-1254, FS-1255, FS-1262 to FS-1264.
         """
         whose = self._checked(dataset, population, events, units)
         if len(query_digest) != 32:
@@ -302,6 +302,7 @@ class Ledger(LedgerStore):
         self, dataset: str, population: Population, events: Sequence[Event], whose: UnitSet | None, policy: Limit
     ) -> float:
         """ε after the events for the unit that has paid most; refused where it would pass a limit."""
+        self._check_clock()
         limits = {name: limit for (name, about), limit in self.limits().items() if about == population}
         largest = 0.0
         for account in self._accounts(dataset, population, whose, frozenset(limits)):

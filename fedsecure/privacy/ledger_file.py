@@ -12,6 +12,7 @@ import os
 import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -147,6 +148,15 @@ def altered(what: str, path: Path) -> LedgerError:
     return LedgerError(
         "FS-1256", f"{path} was altered or is damaged: {what}", expected="an unbroken chain of rows",
         cure="stop, keep the file, and tell the data protection officer; a spent budget cannot be guessed",
+    )  # fmt: skip
+
+
+def clock_went_back(path: Path, now: datetime, then: datetime) -> LedgerError:
+    read, last = (moment.isoformat(sep=" ", timespec="seconds") for moment in (now, then))
+    return LedgerError(
+        "FS-1270", f"the clock reads {read}, and the last charge in {path} is of {last}",
+        expected="a clock that goes on", cure="set the machine's clock; if it is right now and was ahead before, have "
+        "the data protection officer say so with `fedsecure budget set`, and charges go on from there",
     )  # fmt: skip
 
 

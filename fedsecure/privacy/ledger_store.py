@@ -12,7 +12,7 @@ import sqlite3
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,6 +22,7 @@ from fedsecure.privacy.ledger_file import (
     GENESIS,
     altered,
     check_chain,
+    clock_went_back,
     create_private,
     no_ledger,
     row_hash,
@@ -42,10 +43,12 @@ from fedsecure.privacy.ledger_upgrade import upgrade
 from fedsecure.privacy.unit_sets import check_sets
 
 log = logging.getLogger("fedsecure.privacy.ledger")
+# What machines correct by themselves is noted; more than that somebody has to look at.
+CLOCK_SLACK = timedelta(hours=1)
 
 
 def utc_now() -> datetime:
-    """The machine's clock; nothing but the order of the rows' times depends on it."""
+    """The machine's clock; no budget depends on it, but the order of the rows' times does."""
     return datetime.now(UTC)
 
 
@@ -222,6 +225,20 @@ class LedgerStore:
             raise altered(f"format {version}", self.path)
         return int(version)
 
+    def _check_clock(self) -> None:
+        """Refuse a clock that reads long before the last charge, or the last word of an officer, by the clock of then.
+
+        Commits and voids do not count: what was charged before the clock went back is ended after it.
+        """
+        last = self._db.execute(
+            "SELECT utc, note FROM entries WHERE state IN ('RESERVED', 'LIMIT') ORDER BY seq DESC LIMIT 1"
+        ).fetchone()
+        if last is not None:
+            utc, note = last
+            then = datetime.fromisoformat(note.rpartition(" ")[2] if note else utc)
+            if (now := utc_now()) < then - CLOCK_SLACK:
+                raise clock_went_back(self.path, now, then)
+
     def _append(self, *, dataset_name: str, population: Population, **values: Any) -> None:
         """One row, inside a transaction; the data set is entered where it is new."""
         self._db.execute("INSERT OR IGNORE INTO datasets (name) VALUES (?)", (dataset_name,))
@@ -236,7 +253,7 @@ class LedgerStore:
         now = utc_now().isoformat(timespec="seconds")
         row["utc"] = max(now, latest)
         if now < latest:
-            # No budget renews with time, so a wrong clock can spend nothing twice: say so, and go on.
+            # No budget renews with time, so a clock that was corrected can spend nothing twice: say so, and go on.
             row["note"] = f"the clock had gone back: it read {now}"
             log.warning("the clock has gone back: it reads %s, and the ledger's last row is of %s", now, latest)
         self._db.execute(

@@ -19,7 +19,7 @@ from ledger_world import DELTA, PAYLOAD, RUN, event, reserve
 from fedsecure.errors import BudgetExceeded, LedgerError
 from fedsecure.messages import Event
 from fedsecure.privacy import accounting, ledger_store
-from fedsecure.privacy.ledger import Ledger, Reservation
+from fedsecure.privacy.ledger import Ledger, Limit, Reservation
 
 
 @pytest.fixture
@@ -236,24 +236,76 @@ def test_summary_and_opening_what_is_not_there(path: Path) -> None:
         assert ledger.epsilon("scans", "train", DELTA) == 0.0
 
 
-def test_a_clock_that_went_back_is_noted_and_stops_nothing(
-    path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+class Clock:
+    """A machine's clock, as the test sets it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(ledger_store, "utc_now", lambda: self.now)
+
+    def set(self, *when: int) -> None:
+        self.now = datetime(*when, tzinfo=UTC)  # type: ignore[misc, arg-type]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(monkeypatch)
+
+
+def test_a_clock_that_is_corrected_is_noted_and_stops_nothing(
+    path: Path, clock: Clock, caplog: pytest.LogCaptureFixture
 ) -> None:
-    now = datetime(2026, 5, 4, 12, 0, tzinfo=UTC)
-    monkeypatch.setattr(ledger_store, "utc_now", lambda: now)
     with Ledger(path) as ledger:
+        clock.set(2026, 5, 4, 12, 0)
         reserve(ledger, 0)
         assert not caplog.records
-        now = datetime(1970, 1, 1, tzinfo=UTC)
+        clock.set(2026, 5, 4, 11, 1)
         reserve(ledger, 1)
-        now = datetime(2026, 5, 4, 12, 1, tzinfo=UTC)
+        clock.set(2026, 5, 4, 12, 1)
         reserve(ledger, 2)
         times = [(entry.utc, entry.note) for entry in ledger.history()]
     assert times == [
         ("2026-05-04T12:00:00+00:00", ""),
-        ("2026-05-04T12:00:00+00:00", "the clock had gone back: it read 1970-01-01T00:00:00+00:00"),
+        ("2026-05-04T12:00:00+00:00", "the clock had gone back: it read 2026-05-04T11:01:00+00:00"),
         ("2026-05-04T12:01:00+00:00", ""),
     ]
     assert "clock has gone back" in caplog.text
     with Ledger(path) as ledger:
         assert ledger.verify() == 3
+
+
+def test_a_clock_that_went_back_charges_nothing_until_it_is_set_right(path: Path, clock: Clock) -> None:
+    with Ledger(path) as ledger:
+        clock.set(2026, 5, 4, 12, 0)
+        made = reserve(ledger, 0)
+        clock.set(1970, 1, 1)
+        # What was charged before is ended all the same, and that does not pass for the time of a charge.
+        ledger.commit(made, PAYLOAD)
+        head, spent = ledger.head(), ledger.spent("xrays", "train")
+        for ask in (lambda: reserve(ledger, 1), lambda: affordable(ledger)):
+            with pytest.raises(LedgerError, match=r"FS-1270.*reads 1970-01-01.*last charge.*2026-05-04 12:00"):
+                ask()
+        assert (ledger.head(), ledger.spent("xrays", "train")) == (head, spent)
+        clock.set(2026, 5, 4, 12, 5)
+        reserve(ledger, 1)
+
+
+def test_after_a_clock_that_was_ahead_an_officer_says_go_on(path: Path, clock: Clock) -> None:
+    with Ledger(path) as ledger:
+        clock.set(2062, 5, 4)
+        reserve(ledger, 0)
+        clock.set(2026, 5, 4)
+        with pytest.raises(LedgerError, match=r"FS-1270.*fedsecure budget set"):
+            reserve(ledger, 1)
+        ledger.set_limit("xrays", "train", Limit(8.0, DELTA), reason="the clock was 36 years ahead in spring")
+        affordable(ledger)
+        reserve(ledger, 1)
+        # From here on the right time counts.
+        clock.set(2026, 5, 3)
+        with pytest.raises(LedgerError, match="FS-1270"):
+            reserve(ledger, 2)
+    with Ledger(path) as ledger:
+        assert ledger.verify() == 3
+
+
+def affordable(ledger: Ledger) -> float:
+    return ledger.afford(dataset="xrays", population="train", events=(event(),), limit_epsilon=8.0, delta=DELTA)
