@@ -142,21 +142,23 @@ def matching_loss(
     else:
         error = probabilities[own, :, own][:, :, None] - 1
     shown = features if basis is None else features @ np.asarray(basis, features.dtype).T
-    if layout.bias:
-        shown = np.concatenate([shown, np.ones((classes, each, 1), features.dtype)], axis=-1)
-    found = error.swapaxes(1, 2) @ shown / each
-    if cosine == "rows":
-        losses, slope = _apart(found[..., :width], aim[..., :width], axes=(-1,))
-        if layout.bias:
-            more, last = _apart(found[..., width:], aim[..., width:], axes=(-2, -1))
-            losses, slope = losses + more, np.concatenate([slope, last], axis=-1)
+    found, biases = error.swapaxes(1, 2) @ shown / each, error.mean(axis=1)[..., None]
+    pulls = biases[..., :0]
+    if cosine == "matrix":
+        both = np.concatenate([found, biases], axis=-1) if layout.bias else found
+        losses, slope = _apart(both, aim, axes=(-2, -1))
+        slope, pulls = slope[..., :width], slope[..., width:]
     else:
-        losses, slope = _apart(found, aim, axes=(-2, -1))
+        losses, slope = _apart(found, aim[..., :width], axes=(-1,))
+        if layout.bias:
+            more, pulls = _apart(biases, aim[..., width:], axes=(-2, -1))
+            losses = losses + more
     if clear is not None:
-        losses, slope = np.where(clear, losses, 0), np.where(clear[:, None, None], slope, 0)
-    slope /= each
-    to_error = shown @ slope.swapaxes(1, 2)
-    onto = error @ slope[..., :width]
+        losses, slope, pulls = (np.where(clear.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in (losses, slope, pulls))
+    to_error = shown @ (slope.swapaxes(1, 2) / each)
+    if layout.bias:
+        to_error += pulls.swapaxes(1, 2) / each
+    onto = error @ (slope / each)
     if basis is not None:
         onto = onto @ np.asarray(basis, features.dtype)
     if layout.rows == "full":

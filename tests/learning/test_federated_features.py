@@ -3,6 +3,8 @@ re-training against a plain torch loop."""
 
 from __future__ import annotations
 
+import tracemalloc
+
 import numpy as np
 import pytest
 import torch
@@ -209,6 +211,25 @@ def test_retraining_takes_the_steps_of_plain_sgd(bias):
     else:
         assert found.bias is None
     assert start.weight is not found.weight
+
+
+def test_memory_does_not_grow_with_the_square_of_the_features():
+    classes, each, dimension = 20, 200, 32
+    features = fresh_features(classes, each, dimension, seed=0)
+    layout = ClassGradients(classes, dimension)
+    target = np.random.default_rng(1).normal(size=layout.length)
+    text = np.eye(classes, dimension, dtype=np.float32)
+    square = (classes * each) ** 2 * 4
+    tracemalloc.start()
+    try:
+        matching_loss(features, Classifier.zero(classes, dimension), target, layout)
+        contrast_loss(features, text, PrototypeContrast(negatives="text"))
+        contrast_loss(features, text, PrototypeContrast(negatives="features"))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # A (K·m)² matrix of float32 would take 64 MB; its rows are taken 256 at a time.
+    assert peak < square / 3
 
 
 def test_sizes_and_settings_that_make_no_sense():
