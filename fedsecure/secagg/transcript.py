@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import TypeVar
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
@@ -28,6 +29,8 @@ PURPOSE = "fedsecure/secagg/v1/"
 CHUNK_BYTES = 1 << 20  # leaves of the payload's hash
 HASH_BYTES = 32
 
+_NUMBER, _BYTES, _FIXED = 0, 2, {1: 8, 5: 4}  # wire types of protobuf, and bytes of those of one size
+
 _Envelope = TypeVar("_Envelope", pb.ClientMessage, pb.ServerMessage)
 _Signed = TypeVar("_Signed", pb.Advertisement, pb.ShareHeader)
 
@@ -40,10 +43,20 @@ def size_limit(sites: int, slots: int = 1) -> int:
     return 1024 + (512 + 128 * (slots - 1)) * sites
 
 
+def field_limit(sites: int) -> int:
+    """Most fields of an envelope and of its content in a cohort of ``sites``: two lists, and what is beside them."""
+    return 2 * sites + 16
+
+
 def decode(kind: type[_Envelope], raw: bytes, *, sites: int, slots: int = 1) -> _Envelope:
-    """Decode an envelope; FS-1321 where it is too large, damaged or empty."""
+    """Decode an envelope; FS-1321 where it is too large, has too many entries, is damaged or empty.
+
+    Entries are counted first: an empty one has two bytes here and about a hundred in memory.
+    """
     if len(raw) > size_limit(sites, slots):
         raise malformed(f"a message of {len(raw)} bytes")
+    if next(islice(_fields(raw), field_limit(sites), None), None) is not None:
+        raise malformed(f"a message of more than {field_limit(sites)} fields")
     message = kind()
     try:
         message.ParseFromString(bytes(raw))
@@ -52,6 +65,42 @@ def decode(kind: type[_Envelope], raw: bytes, *, sites: int, slots: int = 1) -> 
     if message.WhichOneof("kind") is None:
         raise malformed("a message of no known kind")
     return message
+
+
+def _fields(raw: bytes) -> Iterator[int]:
+    """The fields of an envelope and of its content, each by where it begins; nothing is copied."""
+    for start, value, end in _walk(raw, 0, len(raw)):
+        yield start
+        yield from (inner for inner, _, _ in _walk(raw, value, end))
+
+
+def _walk(raw: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
+    """Where each field of an encoded message begins, and from where to where it holds bytes, if it does."""
+    while at < end:
+        start = at
+        tag, at = _varint(raw, at)
+        kind, inner = tag & 7, 0
+        if kind == _BYTES:
+            inner, at = _varint(raw, at)
+        elif kind == _NUMBER:
+            _, at = _varint(raw, at)
+        elif kind not in _FIXED:
+            raise malformed("a message with a group, which none has")
+        size = inner + _FIXED.get(kind, 0)
+        if at + size > end:
+            raise malformed("a message that ends within a field")
+        yield start, at, at + inner
+        at += size
+
+
+def _varint(raw: bytes, at: int) -> tuple[int, int]:
+    """A number in groups of seven bits, the least first, and where it ends."""
+    value = 0
+    for place, byte in enumerate(raw[at : at + 10]):
+        value |= (byte & 0x7F) << 7 * place
+        if byte < 0x80:
+            return value, at + place + 1
+    raise malformed("a message with a number of no end")
 
 
 def malformed(found: str) -> ProtocolError:
