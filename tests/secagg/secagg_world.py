@@ -39,11 +39,16 @@ class Federation:
         return tuple(self.keys)[:-1]
 
 
+def identity_key(n: int, name: str) -> Ed25519PrivateKey:
+    """The same in every run: what a fuzzer finds can be replayed."""
+    return Ed25519PrivateKey.from_private_bytes(hashlib.sha256(f"{n} sites: {name}".encode()).digest())
+
+
 @lru_cache
 def federation(n: int) -> Federation:
     width = max(2, len(str(n)))
-    members = {f"site-{i:0{width}d}": identity_keys.generate() for i in range(n + 1)}
-    aggregator = identity_keys.generate()
+    members = {site: identity_key(n, site) for site in (f"site-{i:0{width}d}" for i in range(n + 1))}
+    aggregator = identity_key(n, "aggregator")
     entries = tuple(
         RosterEntry(site, "train", identity_keys.public_bytes(key), hashlib.sha256(site.encode()).digest())
         for site, key in members.items()

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from epoch_world import EpochWorld, SlotRun, make_epoch
-from fuzz_world import BENDS, QUIET, Ledger, bend
+from fuzz_world import BENDS, Ledger, Repeatable, bend, drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -46,6 +46,7 @@ def slot_of(descriptor: RoundDescriptor) -> Slot:
 
 
 @lru_cache
+@drawn("archive")
 def archive() -> tuple[tuple[bytes, ...], tuple[tuple[str, bytes], ...]]:
     """To replay from: everything said in epoch 0, in this very context, by sites that drew other keys."""
     world, down, up = EpochWorld(N, slots=SLOTS), list[bytes](), list[tuple[str, bytes]]()
@@ -480,13 +481,19 @@ def forged(descriptor: RoundDescriptor, **changes: Any) -> RoundDescriptor:
     return fake
 
 
-class TestEpochs(EpochMachine.TestCase):
-    settings = settings(max_examples=80, stateful_step_count=25, deadline=None, suppress_health_check=QUIET)
+class RepeatableEpochMachine(Repeatable, EpochMachine):
+    def __init__(self) -> None:
+        archive()  # of other secrets
+        super().__init__()
+
+
+class TestEpochs(RepeatableEpochMachine.TestCase):
+    settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.slow
-class TestEpochsAtLength(EpochMachine.TestCase):
-    settings = settings(max_examples=250, stateful_step_count=50, deadline=None, suppress_health_check=QUIET)
+class TestEpochsAtLength(RepeatableEpochMachine.TestCase):
+    settings = settings(max_examples=250, stateful_step_count=50, deadline=None)
 
 
 # --- the fuzzer can fail -----------------------------------------------------------------------------------------

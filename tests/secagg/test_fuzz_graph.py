@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from fuzz_world import BENDS, QUIET, Ledger, bend
+from fuzz_world import BENDS, Ledger, Repeatable, bend, drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -45,6 +45,7 @@ def sparse() -> RoundDescriptor:
 
 
 @lru_cache
+@drawn("archive")
 def archive() -> tuple[tuple[bytes, ...], tuple[tuple[str, bytes], ...]]:
     """A finished round of this very context with other keys, and another ring."""
     run = Run(sparse(), {Phase.MASKED: ["site-03"]})
@@ -194,13 +195,19 @@ class GraphMachine(RuleBasedStateMachine):
                 assert (client._seed, client._mask_key, client._cipher_key, client._shares) == (None, None, None, {})
 
 
-class TestGraph(GraphMachine.TestCase):
-    settings = settings(max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=QUIET)
+class RepeatableGraphMachine(Repeatable, GraphMachine):
+    def __init__(self) -> None:
+        archive()  # of other secrets
+        super().__init__()
+
+
+class TestGraph(RepeatableGraphMachine.TestCase):
+    settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
 
 
 @pytest.mark.slow
-class TestGraphAtLength(GraphMachine.TestCase):
-    settings = settings(max_examples=150, stateful_step_count=40, deadline=None, suppress_health_check=QUIET)
+class TestGraphAtLength(RepeatableGraphMachine.TestCase):
+    settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
 
 
 def test_the_course_of_the_machine_opens_a_sum_without_the_absent_site() -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from fuzz_world import BENDS, QUIET, Ledger, bend
+from fuzz_world import BENDS, Ledger, Repeatable, bend, drawn
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -45,6 +45,7 @@ class CountingSpool(MemorySpool):
 
 
 @lru_cache
+@drawn("archive")
 def archives() -> tuple[tuple[tuple[bytes, ...], tuple[tuple[str, bytes], ...]], ...]:
     """Finished rounds to replay from: of this very context with other keys, of another attempt, of another run."""
     out = []
@@ -257,13 +258,19 @@ class RoundMachine(RuleBasedStateMachine):
                 assert (client._seed, client._mask_key, client._cipher_key, client._shares) == (None, None, None, {})
 
 
-class TestRounds(RoundMachine.TestCase):
-    settings = settings(max_examples=150, stateful_step_count=25, deadline=None, suppress_health_check=QUIET)
+class RepeatableRoundMachine(Repeatable, RoundMachine):
+    def __init__(self) -> None:
+        archives()  # of other secrets
+        super().__init__()
+
+
+class TestRounds(RepeatableRoundMachine.TestCase):
+    settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.slow
-class TestRoundsAtLength(RoundMachine.TestCase):
-    settings = settings(max_examples=600, stateful_step_count=50, deadline=None, suppress_health_check=QUIET)
+class TestRoundsAtLength(RepeatableRoundMachine.TestCase):
+    settings = settings(max_examples=400, stateful_step_count=50, deadline=None)
 
 
 # --- the fuzzer can fail -----------------------------------------------------------------------------------------
@@ -316,6 +323,21 @@ def test_the_fuzzer_notices_an_untyped_error(monkeypatch: pytest.MonkeyPatch) ->
     machine = RoundMachine()
     with pytest.raises(KeyError):
         machine.begin(2)
+
+
+def test_an_example_can_be_replayed_byte_for_byte() -> None:
+    def said(kind: type[RoundMachine]) -> list[bytes]:
+        machine = kind()
+        try:
+            machine.begin(5)
+            machine.finish()
+        finally:
+            machine.teardown()
+        assert machine.server.phase is Phase.DONE
+        return machine.down
+
+    assert said(RepeatableRoundMachine) == said(RepeatableRoundMachine)
+    assert said(RoundMachine) != said(RoundMachine)
 
 
 # --- memory ------------------------------------------------------------------------------------------------------
