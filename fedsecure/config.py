@@ -281,15 +281,18 @@ class FederationConfig(RunSettings):
         listen: ``host:port``; port 0 takes a free one and prints it.
         state: the aggregator's folder: models, round records, results.
         identity: folder with the aggregator's certificate, keys and the signed roster.
+        encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that compute with the
+            class texts between rounds.
     """
 
     listen: str = "127.0.0.1:0"
     state: Path
     identity: Path
+    encoder_file: Path | None = None
 
     def settings(self) -> RunSettings:
         """The public part."""
-        return RunSettings.model_validate(self.model_dump(exclude={"listen", "state", "identity"}))
+        return RunSettings.model_validate(self.model_dump(exclude={"listen", "state", "identity", "encoder_file"}))
 
 
 class DatasetConfig(_Section):
@@ -352,6 +355,8 @@ class PolicyConfig(_Section):
         "fedavg",
         "fedprox",
         "moon",
+        "promptfl",
+        "lora",
         "prototypes",
         "ridge",
         "evaluate",

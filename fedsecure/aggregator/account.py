@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,6 +13,9 @@ from fedsecure.aggregator.schedule import Progress
 from fedsecure.aggregator.store import RunStore
 from fedsecure.config import RunSettings
 from fedsecure.errors import RunError
+from fedsecure.secagg.server import SecAggResult
+
+log = logging.getLogger("fedsecure.aggregator")
 
 
 @dataclass(slots=True)
@@ -83,4 +87,16 @@ class Account:
         }
 
 
-__all__ = ["Account"]
+def suspects(result: SecAggResult) -> dict[str, Any]:
+    """Who may have lied about a share in a round that gave its sum all the same, for the operator; mostly nobody."""
+    found: dict[str, Any] = {}
+    if result.bad_shares:
+        found["bad_shares"] = [list(group) for group in result.bad_shares]
+        log.warning("shares that do not fit; of each group one at least has lied: %s", found["bad_shares"])
+    if result.unopened:
+        found["unopened"] = {site: list(senders) for site, senders in result.unopened.items()}
+        log.warning("shares that did not open, site and senders: %s", found["unopened"])
+    return found
+
+
+__all__ = ["Account", "suspects"]

@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from hmac import compare_digest
 from typing import Any
 
-from fedsecure.aggregator.account import Account
+from fedsecure.aggregator.account import Account, suspects
 from fedsecure.aggregator.admission import PROTOCOL, admit
 from fedsecure.aggregator.openings import Broadcast, Openings
 from fedsecure.aggregator.rounds import Attempt, SetUp, decode
 from fedsecure.aggregator.schedule import Progress, Schedule
 from fedsecure.aggregator.sessions import Sessions
+from fedsecure.aggregator.step_worker import StepWorker
 from fedsecure.aggregator.store import RunStore
 from fedsecure.config import FederationConfig
 from fedsecure.errors import FedsecureError, ProtocolError, RunError, TransportError
@@ -26,7 +28,6 @@ from fedsecure.methods.base import Cohort
 from fedsecure.methods.cohorts import check_roles, cohort_of
 from fedsecure.methods.registry import load_method, load_training_method
 from fedsecure.secagg.phases import Phase
-from fedsecure.secagg.server import SecAggResult
 from fedsecure.wire import federation_pb2 as pb
 
 log = logging.getLogger("fedsecure.aggregator")
@@ -54,6 +55,7 @@ class Coordinator:
         self._round = 0
         self._number = 0
         self._attempt: Attempt | None = None
+        self._worker: StepWorker | None = None
         self._set_up: SetUp | None = None
         self._epochs = 0
         self._waiting_since = now
@@ -156,6 +158,8 @@ class Coordinator:
         """What is being waited for, in words."""
         if self.outcome is not None:
             return "the run is over"
+        if self._worker is not None:
+            return f"the aggregator computes after round {self._round - 1}"
         cohort, _ = self._cohort()
         running = self._set_up if self._preparing else self._attempt
         missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.alive(s, now)]
@@ -200,6 +204,8 @@ class Coordinator:
 
     def _step(self, now: float) -> bool:
         try:
+            if self._worker is not None:
+                return self._compute(self._worker, now)
             if self._preparing and self._set_up is not None:
                 return self._prepare(self._set_up, now)
             return self._open(now) if self._attempt is None else self._advance(self._attempt, now)
@@ -226,13 +232,28 @@ class Coordinator:
         if step.result is None:
             return True
         survivors = step.result.survivors
-        suspects = _suspects(step.result)
-        self._record(cohort, ctx, attempt.started, now, suspects=suspects, survivors=list(survivors))
+        lied = suspects(step.result)
+        self._record(cohort, ctx, attempt.started, now, suspects=lied, survivors=list(survivors))
         self._left_out(cohort, survivors, ctx, reason="the round ended without this site")
         self._attempt = None
         self._progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
         self._account.save(self._round, self._progress)
         self._round, self._number, self._waiting_since = self._round + 1, 0, now
+        if self._schedule.due(self._progress):
+            file, seconds = self.config.encoder_file, self.settings.rounds.training_seconds
+            state = self._progress.state
+            self._worker = StepWorker(self.settings, state, encoder_file=file, deadline=now + seconds)
+        return True
+
+    def _compute(self, worker: StepWorker, now: float) -> bool:
+        """Whether the method's computation is done; the sum it starts from is on disk already."""
+        state = worker.poll(now)
+        if state is None:
+            return False
+        self._worker = None
+        self._progress = replace(self._progress, state=state)
+        self._account.save(self._round - 1, self._progress)
+        self._waiting_since = now
         return True
 
     def _open(self, now: float) -> bool:
@@ -338,6 +359,9 @@ class Coordinator:
 
     def _give_up(self, error: RunError, now: float) -> None:
         self.failure = error
+        if self._worker is not None:
+            self._worker.stop()
+            self._worker = None
         if self._attempt is not None:
             self._attempt.abort()
             self._attempt = None
@@ -353,18 +377,6 @@ class Coordinator:
     def write_status(self, now: float) -> None:
         """Refresh ``status.json``."""
         self._store.status(self.status(now))
-
-
-def _suspects(result: SecAggResult) -> dict[str, Any]:
-    """Who may have lied about a share in a round that gave its sum all the same, for the operator; mostly nobody."""
-    found: dict[str, Any] = {}
-    if result.bad_shares:
-        found["bad_shares"] = [list(group) for group in result.bad_shares]
-        log.warning("shares that do not fit; of each group one at least has lied: %s", found["bad_shares"])
-    if result.unopened:
-        found["unopened"] = {site: list(senders) for site, senders in result.unopened.items()}
-        log.warning("shares that did not open, site and senders: %s", found["unopened"])
-    return found
 
 
 def _run_failure(code: str, found: str, error: Exception) -> RunError:

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from fedsecure.config import RunSettings
 from fedsecure.messages import Aggregate
 from fedsecure.methods.agenda import evaluates
-from fedsecure.methods.base import Ask, Method, ServerState
+from fedsecure.methods.base import Ask, ComputingMethod, Method, ServerState
 from fedsecure.methods.cohorts import cohort_of
 
 STAGES = ("before", "training", "after", "done")
@@ -61,6 +61,11 @@ class Schedule:
         evaluations = {**progress.evaluations, progress.stage: dict(counted.facts)}
         following = STAGES[STAGES.index(progress.stage) + 1]
         return self._skip(replace(progress, stage=following, evaluations=evaluations))
+
+    def due(self, progress: Progress) -> bool:
+        """Whether the method has something to compute before the next question, or before the end."""
+        method = self.method
+        return hasattr(method, "due") and cast(ComputingMethod, method).due(self.settings, progress.state)
 
     def _skip(self, progress: Progress) -> Progress:
         """Passes over stages that have nothing to ask."""

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from fedsecure.learning.engines import EngineName
     from fedsecure.learning.features import SiteFeatures
     from fedsecure.learning.task import HeadTask
+    from fedsecure.learning.tower_task import TowerTask
     from fedsecure.learning.units import UnitFeatures
     from fedsecure.privacy.plan import PrivacyPlan
 
@@ -137,5 +138,17 @@ class TrainingMethod(Method, Protocol):
     def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
         """The run's privacy plan, from public numbers only."""
 
-    def task(self, settings: RunSettings, features: SiteFeatures) -> HeadTask:
-        """The adapter with the run's constants, as sites train, evaluate and keep it."""
+    def task(self, settings: RunSettings, features: SiteFeatures) -> HeadTask | TowerTask:
+        """The adapter with the run's constants, as sites train, evaluate and keep it; built once at joining too."""
+
+
+class ComputingMethod(TrainingMethod, Protocol):
+    """A method whose server half has something long to compute after a sum. ``absorb`` only takes the sum in; what
+    follows runs in a process of its own (:mod:`fedsecure.aggregator.step_worker`), where torch may be imported, while
+    the aggregator answers its sites."""
+
+    def due(self, settings: RunSettings, state: ServerState) -> bool:
+        """Whether ``compute`` has to run before the next question."""
+
+    def compute(self, settings: RunSettings, state: ServerState, features: SiteFeatures) -> ServerState:
+        """The state that the next question starts from: a pure function, post-processing of what was released."""

@@ -1,0 +1,212 @@
+"""Long computations of a method's server half, in a child process: the aggregator's calls never wait for them.
+
+The aggregator never imports torch (architecture.md, "Floors"); a method that needs it after a sum, or that merely takes
+long, computes here. The child gets settings and state and gives back a state, both as one safetensors file with JSON in
+its header: nothing is unpickled, and both sides check sizes before they read. Files without names carry them, so
+neither side can block the other; a pipe tells the child when its parent is gone. The sum that a computation starts from
+is on disk before it begins, so what goes wrong here loses no sum, and the sites' charges bought what they bought.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import IO, Any, cast
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save as save_tensors
+
+from fedsecure.config import RunSettings
+from fedsecure.errors import FedsecureError, RunError
+from fedsecure.methods.base import ComputingMethod, ServerState
+from fedsecure.methods.registry import load_method
+
+MAX_BYTES = 1 << 30
+_MAX_HEADER = 16 << 20
+_KEY = "fedsecure-step/1"
+# Their threads wait for each other by spinning, which costs more than it saves in small products on a busy machine.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+log = logging.getLogger("fedsecure.aggregator")
+
+
+class StepWorker:
+    """One computation in a process of its own, asked now and then whether it is done.
+
+    Args:
+        settings: of the run; its method has something to compute.
+        state: where it starts.
+        encoder_file: the aggregator's copy of the encoder's weights or of the feature file, for the class texts.
+        deadline: the ``now`` at which it counts as failed.
+
+    Raises:
+        RunError: FS-1721 the process cannot be started, or the state is too large for it.
+    """
+
+    def __init__(
+        self, settings: RunSettings, state: ServerState, *, encoder_file: Path | None, deadline: float
+    ) -> None:
+        self._deadline = deadline
+        facts = {"settings": settings.canonical(), "encoder_file": str(encoder_file) if encoder_file else None}
+        self._files = ExitStack()
+        self._answer = self._files.enter_context(_nameless())
+        self._errors = self._files.enter_context(_nameless())
+        try:
+            with _nameless() as question:
+                question.write(pack(state, facts))
+                question.seek(0)
+                files = (question.fileno(), self._answer.fileno())
+                self._process = subprocess.Popen(
+                    [sys.executable, "-m", "fedsecure.aggregator.step_worker", *map(str, files)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.DEVNULL,
+                    stderr=self._errors,
+                    pass_fds=files,
+                    env={**_ONE_THREAD, **os.environ},
+                )
+        except OSError as error:
+            self._files.close()
+            raise _failed(f"it cannot be started ({error.strerror or type(error).__name__})") from error
+        except BaseException:
+            self._files.close()
+            raise
+
+    def poll(self, now: float) -> ServerState | None:
+        """The new state, or None while it is being computed; once it has answered or raised, it is over.
+
+        Raises:
+            RunError: FS-1721 the child died, or its answer is none; FS-1722 it took too long.
+        """
+        status = self._process.poll()
+        if status is None:
+            if now < self._deadline:
+                return None
+            self.stop()
+            raise RunError(
+                "FS-1722",
+                "the method's computation at the aggregator took longer than rounds.training_seconds",
+                expected="an end within that time",
+                cure="allow more time, or a smaller computation; the last sum is in the run's folder",
+            )
+        try:
+            return self._read(status)
+        finally:
+            self.stop()
+
+    def stop(self) -> None:
+        """End the child, if it still runs."""
+        if self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._files.close()
+
+    def _read(self, status: int) -> ServerState:
+        if status != 0:
+            self._errors.seek(max(0, os.fstat(self._errors.fileno()).st_size - 4000))
+            log.error("the computation failed: %s", self._errors.read().decode("utf-8", "replace").strip())
+            raise _failed(f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}")
+        try:
+            state, facts = unpack(self._answer)
+        except ValueError as error:
+            raise _failed(f"its answer is {error}") from error
+        if "error" in facts:
+            raise _failed(str(facts["error"])[:1000])
+        return state
+
+
+def pack(state: ServerState, facts: Mapping[str, Any]) -> bytes:
+    """A state, and facts about it, as one safetensors file.
+
+    Raises:
+        RunError: FS-1721 more than 1 GiB.
+    """
+    header = json.dumps({"step": state.step, "facts": dict(state.facts), "about": dict(facts)})
+    arrays = {name: np.ascontiguousarray(value) for name, value in state.tensors.items()}
+    size = sum(array.nbytes for array in arrays.values())
+    if size + len(header) > MAX_BYTES or len(header) > _MAX_HEADER // 2:
+        raise _failed(f"its state of {size + len(header)} bytes is too large")
+    return save_tensors(arrays, metadata={_KEY: header})
+
+
+def unpack(file: IO[bytes]) -> tuple[ServerState, Mapping[str, Any]]:
+    """Inverse of :func:`pack`; raises ``ValueError`` in words where the file is no such thing."""
+    size = os.fstat(file.fileno()).st_size
+    file.seek(0)
+    if not 8 <= size <= MAX_BYTES + _MAX_HEADER:
+        raise ValueError(f"a file of {size} bytes")
+    (length,) = struct.unpack("<Q", file.read(8))
+    if length > min(_MAX_HEADER, size - 8):
+        raise ValueError("cut off, or has a header that is too long")
+    try:
+        raw = json.loads(json.loads(file.read(length))["__metadata__"][_KEY])
+        file.seek(0)
+        tensors = load_tensors(file.read())
+        state = ServerState(step=int(raw["step"]), tensors=tensors, facts=dict(raw["facts"]))
+        return state, dict(raw["about"])
+    except (ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise ValueError(f"malformed ({type(error).__name__})") from error
+
+
+def compute(file: IO[bytes]) -> bytes:
+    """What the child does: a packed state in, a packed state out, or the error of fedsecure that came up."""
+    from fedsecure.learning.features import load_site_features
+
+    state, about = unpack(file)
+    settings = RunSettings.parse(about["settings"])
+    copy = about["encoder_file"]
+    try:
+        features = load_site_features(
+            settings.encoder, settings.classes, file=Path(copy) if copy else None, device="cpu"
+        )
+        method = cast(ComputingMethod, load_method(settings.method.name))
+        return pack(method.compute(settings, state, features), {})
+    except FedsecureError as error:
+        return pack(ServerState(), {"error": str(error)})
+
+
+def _nameless() -> IO[bytes]:
+    return tempfile.TemporaryFile()
+
+
+def _failed(why: str) -> RunError:
+    return RunError(
+        "FS-1721",
+        f"the method's computation at the aggregator failed: {why}",
+        expected="a state computed from the last sum",
+        cure="see the aggregator's log; the last sum is in the run's folder, and the sites' charges stand",
+    )
+
+
+def _end_with_parent() -> None:
+    def wait() -> None:
+        os.read(0, 1)
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def main(arguments: list[str]) -> None:
+    """The child: descriptors of the question and of the answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    _end_with_parent()
+    with os.fdopen(int(arguments[0]), "rb") as question, os.fdopen(int(arguments[1]), "wb") as answer:
+        answer.write(compute(question))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

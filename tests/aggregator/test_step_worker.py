@@ -1,0 +1,132 @@
+"""Computations of the aggregator in a process of their own: whatever becomes of the child is an answer or one error."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import numpy as np
+import pytest
+
+from fedsecure.aggregator.step_worker import StepWorker, compute, pack, unpack
+from fedsecure.config import RunSettings
+from fedsecure.errors import RunError
+from fedsecure.methods.base import ServerState
+from tests.federation_world import write_features
+
+STATE = ServerState(step=3, tensors={"D": np.ones((3, 16), np.float32)}, facts={"seen": [1, 2]})
+
+
+@pytest.fixture(scope="module")
+def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("step") / "features.npz"
+    write_features(path)
+    return path
+
+
+def settings_of(features: Path, *, method: str = "linear") -> RunSettings:
+    from fedsecure.data.loading import read_feature_header
+
+    header = read_feature_header(features)
+    encoder = {"model": "features", "pretrained": "file", "dimension": 16, "fingerprint": header.fingerprint}
+    raw = {"classes": header.classes, "encoder": encoder, "method": {"name": method}}
+    return RunSettings.model_validate({**raw, "sites": {f"s{i}": {"max_units": 30} for i in range(3)}})
+
+
+def start(settings: RunSettings, file: Path | None, *, seconds: float = 100.0) -> StepWorker:
+    return StepWorker(settings, STATE, encoder_file=file, deadline=time.monotonic() + seconds)
+
+
+def outcome(worker: StepWorker) -> ServerState:
+    while (state := worker.poll(time.monotonic())) is None:
+        time.sleep(0.02)
+    return state
+
+
+@contextmanager
+def packed(state: ServerState, facts: dict[str, object]) -> Iterator[IO[bytes]]:
+    with tempfile.TemporaryFile() as file:
+        file.write(pack(state, facts))
+        file.flush()
+        yield file
+
+
+def test_a_state_travels_whole():
+    with packed(STATE, {"settings": "…"}) as file:
+        state, facts = unpack(file)
+    assert (state.step, state.facts, facts) == (3, {"seen": [1, 2]}, {"settings": "…"})
+    np.testing.assert_array_equal(state.tensors["D"], STATE.tensors["D"])
+    assert state.tensors["D"].dtype == np.float32
+    with packed(ServerState(), {}) as empty:
+        assert unpack(empty)[0] == ServerState()
+
+
+@pytest.mark.parametrize("raw", [b"", b"\x00" * 7, b"\xff" * 64, b"\x02" + b"\x00" * 7 + b"{}", b"\x80\x04K\x01." * 9])
+def test_what_is_no_state_is_refused_in_words(raw: bytes):
+    with tempfile.TemporaryFile() as file:
+        file.write(raw)
+        file.flush()
+        with pytest.raises(ValueError, match="a file of|cut off|malformed"):
+            unpack(file)
+
+
+def test_a_state_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("fedsecure.aggregator.step_worker.MAX_BYTES", 100)
+    with pytest.raises(RunError, match="FS-1721.*too large"):
+        pack(STATE, {})
+
+
+def test_an_error_of_the_child_comes_back_in_its_own_words(features: Path):
+    # The aggregator names no feature file, so the child cannot have the class texts.
+    with pytest.raises(RunError, match="FS-1721.*FS-1640"):
+        outcome(start(settings_of(features), None))
+
+
+def test_a_child_that_fails_is_an_error_and_its_trace_is_in_the_log(features: Path, caplog: pytest.LogCaptureFixture):
+    # The linear method has nothing to compute.
+    with pytest.raises(RunError, match="FS-1721.*status 1"):
+        outcome(start(settings_of(features), features))
+    assert "AttributeError" in caplog.text
+
+
+def test_a_killed_child_is_an_error(features: Path):
+    worker = start(settings_of(features), features)
+    worker._process.kill()
+    with pytest.raises(RunError, match="FS-1721.*signal 9"):
+        outcome(worker)
+
+
+def test_a_child_that_takes_too_long_is_ended(features: Path):
+    worker = start(settings_of(features), features, seconds=-1.0)
+    with pytest.raises(RunError, match="FS-1722"):
+        worker.poll(time.monotonic())
+    assert worker._process.returncode is not None
+    worker.stop()  # once more does no harm
+
+
+def test_a_child_ends_with_its_parent():
+    # The same thread that ends a child whose parent has died; its computation here would last for ever.
+    code = "import time; from fedsecure.aggregator.step_worker import _end_with_parent as e; e(); print(1, flush=True)"
+    child = subprocess.Popen(
+        [sys.executable, "-c", code + "; time.sleep(600)"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdout is not None
+    assert child.stdin is not None
+    with child.stdin, child.stdout:
+        assert child.stdout.readline() == b"1\n"
+        child.stdin.close()
+        assert child.wait(60) == 1
+
+
+def test_the_child_computes_without_any_process_too(features: Path):
+    about = {"settings": settings_of(features).canonical(), "encoder_file": None}
+    with packed(STATE, about) as question, tempfile.TemporaryFile() as answer:
+        answer.write(compute(question))
+        answer.flush()
+        assert "FS-1640" in unpack(answer)[1]["error"]
