@@ -1,65 +1,101 @@
-"""Accuracy against ε with the deployed code: the tables of docs/results.md, each a ``fedsecure simulate``.
+"""Accuracy against ε with the deployed code: every table of examples/results/facmic.md, by one command that resumes.
 
-    python -m benchmarks.accuracy UCF101.npz CALTECH101.npz [--out FOLDER] [--seeds 3] [--quick]
+    python -m benchmarks.accuracy --data FOLDER [--out accuracy] [--only TABLE,TABLE] [--page FILE.md] [--finished]
+    python -m benchmarks.accuracy --data FOLDER --method fedclip,moon [--epsilon 1,8,inf] [--seeds 3]
 
-Five sites, IID, distributed noise, one colluding site, every site needed (u_min = 5), record level, δ = 1e-5; ``train``
-and ``val`` records are shared out, ``test`` is evaluated on. Finished runs are not run again.
+FOLDER holds ``ucf101_clip_vitb32.npz``, ``caltech_clip_vitb32.npz`` and ``brain-tumor`` (docs/datasets.md). Runs are
+those of ``fedsecure simulate`` and ``examples/facmic.py``; each leaves its privacy report under ``--out``, and finished
+ones are not run again. ``--page`` puts tables, CSV files and plots in their places, ``--finished`` only those of runs
+that are there already. ``--method`` measures any installed method.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 
-from fedsecure.simulation.simulate import SimulationOptions, Step, simulate
-from fedsecure.simulation.tables import to_markdown
-
-EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, math.inf)
-
-
-def tables(ucf: Path, caltech: Path, *, out: Path, seeds: int, quick: bool) -> Iterator[tuple[str, SimulationOptions]]:
-    """Title and options of each table."""
-    # UCF101's prior is one public image a class, so that its mean is a public mean of image features.
-    for name, file, centre in (("UCF101", ucf, f"{ucf}:text"), ("Caltech101", caltech, "none")):
-        for method in ("linear", "facmic"):
-            yield (
-                f"{name}, {method}",
-                SimulationOptions(
-                    out=out / f"{name.lower()}-{method}",
-                    methods=(method,),
-                    features=file,
-                    sites=5,
-                    min_survivors=5,
-                    colluders=1,
-                    train=("train", "val"),
-                    centre=centre,
-                    epsilons=(8.0,) if quick else EPSILONS,
-                    seeds=1 if quick else seeds,
-                ),
-            )
+from benchmarks.accuracy_page import keep, render, update_page
+from benchmarks.accuracy_tables import Row, Table, of_methods, tables
+from fedsecure.cli.display import err, show_error
+from fedsecure.cli.simulated import simulation_progress
+from fedsecure.errors import FedsecureError
+from fedsecure.simulation.simulate import Step, listed, numbers
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("ucf", type=Path, help="UCF101 features (docs/datasets.md)")
-    parser.add_argument("caltech", type=Path, help="Caltech101 features")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the three data sets")
     parser.add_argument("--out", type=Path, default=Path("accuracy"))
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--quick", action="store_true", help="one seed and ε = 8 only")
-    options = parser.parse_args()
+    parser.add_argument("--only", help="tables, with commas")
+    parser.add_argument("--page", type=Path, help="Markdown file with places for the tables")
+    parser.add_argument("--finished", action="store_true", help="show what is finished and run nothing")
+    parser.add_argument("--list", action="store_true", help="name the tables, and how many runs each is")
+    parser.add_argument("--method", help="installed methods, with commas, in place of the page's tables")
+    parser.add_argument("--epsilon", default="0.5,1,2,4,8,inf", help="with --method")
+    parser.add_argument("--seeds", type=int, default=3, help="with --method")
+    return parser.parse_args()
 
-    def watch(step: Step) -> None:
-        if not step.rounds:
-            print(f"{step.done}/{step.cells}: {step.what}", file=sys.stderr)
 
-    for title, chosen in tables(
-        options.ucf, options.caltech, out=options.out, seeds=options.seeds, quick=options.quick
-    ):
-        print(f"## {title}\n\n{to_markdown(simulate(chosen, watch=watch)['summary'])}", flush=True)
+def chosen(options: argparse.Namespace) -> list[Table]:
+    """The tables to run."""
+    if options.method is not None:
+        epsilons = numbers("--epsilon", options.epsilon)
+        return of_methods(
+            options.data, options.out, methods=listed(options.method), epsilons=epsilons, seeds=options.seeds
+        )
+    known = tables(options.data, options.out)
+    if options.only is None:
+        return known
+    wanted = listed(options.only)
+    missing = set(wanted) - {table.slug for table in known}
+    if missing:
+        raise SystemExit(f"no such table: {', '.join(sorted(missing))}; see --list")
+    return [table for table in known if table.slug in wanted]
+
+
+def run(table: Table, *, before: int, total: int, watch: Callable[[Step], None]) -> list[Row]:
+    """The rows of one table; ``before`` runs of ``total`` belong to earlier tables."""
+    rows: list[Row] = []
+    for part in table.parts:
+
+        def show(step: Step, before: int = before) -> None:
+            watch(Step(before + step.done, total, f"{table.slug}: {step.what}", round=step.round, rounds=step.rounds))
+
+        rows += part.run(show)
+        before += part.cells
+    return rows
+
+
+def main() -> int:
+    options = arguments()
+    try:
+        work = chosen(options)
+        if options.list:
+            for table in work:
+                print(f"{table.slug:<20} {table.cells:>4} runs  {table.title}")
+            return 0
+        total, before = sum(table.cells for table in work), 0
+        found = {}
+        with simulation_progress(live=True) as watch:
+            for table in work:
+                rows = table.finished() if options.finished else run(table, before=before, total=total, watch=watch)
+                before += table.cells
+                if not rows:
+                    continue
+                found[table.slug] = render(table, rows)
+                if options.page is not None:
+                    keep(table, rows, folder=options.page.parent)
+                    update_page(options.page, {table.slug: found[table.slug]})
+    except FedsecureError as error:
+        show_error(error)
+        return 1
+    for slug, text in found.items():
+        print(f"## {slug}\n\n{text}")
+    err.print(f"reports of all runs: {options.out}/*/reports", highlight=False, soft_wrap=True)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

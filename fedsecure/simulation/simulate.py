@@ -116,7 +116,7 @@ def simulate(options: SimulationOptions, *, watch: Watch) -> dict[str, Any]:
         FedsecureError: of the first run that fails; finished cells stay.
     """
     require("torch")
-    source: Source = LaidOut.read(options) if options.features is None else Shared.read(options)
+    source = _source(options)
     cells = _grid(options, source)
     out = open_results(options.out)
     rows, reused = [], 0
@@ -143,6 +143,16 @@ def simulate(options: SimulationOptions, *, watch: Watch) -> dict[str, Any]:
         "reused": reused,
         **{name: str(path) if name != "plot" or drawn else None for name, path in paths.items()},
     }
+
+
+def finished_rows(options: SimulationOptions) -> list[dict[str, Any]]:
+    """The rows of those cells that are finished; nothing is run or written. Raises as :func:`simulate`."""
+    rows = (read_row(options.out, cell.key) for cell in _grid(options, _source(options)))
+    return [row for row in rows if row is not None]
+
+
+def _source(options: SimulationOptions) -> Source:
+    return LaidOut.read(options) if options.features is None else Shared.read(options)
 
 
 def listed(text: str) -> tuple[str, ...]:

@@ -1,0 +1,289 @@
+"""Which runs make up each table of examples/results/facmic.md: data, methods, partitions, noises, ε and seeds."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedsecure.methods.registry import load_training_method
+from fedsecure.simulation import alone
+from fedsecure.simulation.folders import from_pool
+from fedsecure.simulation.pool import read_pool
+from fedsecure.simulation.simulate import SimulationOptions, Step, finished_rows, open_results, read_row, simulate
+
+INF = math.inf
+EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, INF)
+FEW = (1.0, 8.0, INF)
+SKEWS = ("dirichlet:0.1", "dirichlet:0.5", "quantity:0.5")
+Row = dict[str, Any]
+Watch = Callable[[Step], None]
+
+
+class Part(Protocol):
+    """Some of a table's runs."""
+
+    @property
+    def cells(self) -> int: ...
+
+    def run(self, watch: Watch) -> list[Row]:
+        """Their rows; what is finished is read."""
+
+    def finished(self) -> list[Row]:
+        """Rows of what is finished; nothing is run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Federated:
+    """Runs of ``fedsecure simulate``."""
+
+    options: SimulationOptions
+
+    @property
+    def cells(self) -> int:
+        o = self.options
+        return len(o.methods) * len(o.partitions) * len(o.noises) * len(o.epsilons) * o.seeds
+
+    def run(self, watch: Watch) -> list[Row]:
+        rows: list[Row] = simulate(self.options, watch=watch)["rows"]
+        return rows
+
+    def finished(self) -> list[Row]:
+        return finished_rows(self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Alone:
+    """Every site by itself."""
+
+    name: str
+    options: SimulationOptions
+
+    @property
+    def cells(self) -> int:
+        return len(self.options.epsilons) * self.options.seeds
+
+    def run(self, watch: Watch) -> list[Row]:
+        o = self.options
+        assert o.features is not None
+        (partition,), kept = o.partitions, open_results(o.out)
+        pool = read_pool(o.features, train=o.train, test=o.test, centre=o.centre)
+        names = [f"site-{index + 1}" for index in range(o.sites)]
+        rows = []
+        for done, (epsilon, seed) in enumerate(product(o.epsilons, range(o.seeds))):
+            watch(Step(done, self.cells, f"{self.name}, {partition}, ε = {epsilon:g}, seed {seed}"))
+            experiment = from_pool(pool, names, partition=partition, seed=seed)
+            rows.append(
+                alone.run_alone(
+                    experiment, self.name, out=kept, epsilon=epsilon, seed=seed, delta=o.delta, partition=partition
+                )
+            )
+        return rows
+
+    def finished(self) -> list[Row]:
+        o = self.options
+        kept = (read_row(o.out, file.stem) for file in sorted((o.out / "cells").glob("*.json")))
+        return [row for row in kept if row and row["method"] == self.name and row["partition"] in o.partitions]
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A run of ``examples/facmic.py``, in a process of its own; its rows are those of its CSV file."""
+
+    given: Mapping[str, str]
+    out: Path
+
+    @property
+    def command(self) -> list[str]:
+        # An empty value is a flag.
+        return ["examples/facmic.py", *(part for item in self.given.items() for part in item if part)]
+
+    cells: int = 1
+
+    def run(self, watch: Watch) -> list[Row]:
+        watch(Step(0, 1, " ".join(self.command)))
+        subprocess.run([sys.executable, *self.command, "--out", str(self.out)], check=True, stdout=sys.stderr)
+        return self.finished()
+
+    def finished(self) -> list[Row]:
+        from benchmarks.accuracy_page import read_rows
+
+        file = self.out / "results.csv"
+        return read_rows(file) if file.exists() else []
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One table of the page.
+
+    Attributes:
+        slug: its place on the page, and the name of its files.
+        title: what it shows.
+        parts: its runs.
+        label: the columns of a row that tell its lines apart.
+        pairs: pairs of lines whose difference is shown, seed by seed.
+        drawn: whether a plot is made.
+        columns: scores shown; one line an ε where there are several.
+    """
+
+    slug: str
+    title: str
+    parts: tuple[Part, ...]
+    label: tuple[str, ...] = ("method",)
+    pairs: tuple[tuple[str, str], ...] = ()
+    drawn: bool = False
+    columns: Mapping[str, str] | None = None
+
+    @property
+    def cells(self) -> int:
+        return sum(part.cells for part in self.parts)
+
+    def finished(self) -> list[Row]:
+        """Rows of what is finished; nothing is run."""
+        return [row for part in self.parts for row in part.finished()]
+
+
+def settings(data: Path, out: Path, name: str, **changes: Any) -> SimulationOptions:
+    """Five sites, IID, distributed noise, every site needed, one colluding; ``train`` and ``val`` records."""
+    ucf = name == "ucf101"
+    file = data / ("ucf101_clip_vitb32.npz" if ucf else "caltech_clip_vitb32.npz")
+    standing: dict[str, Any] = {
+        "features": file,
+        "sites": 5,
+        "min_survivors": 5,
+        "colluders": 1,
+        "train": ("train", "val"),
+        # UCF101's prior is one public image a class, so that its mean is a public mean of image features.
+        "centre": f"{file}:text" if ucf else "none",
+        "epsilons": EPSILONS,
+    }
+    return SimulationOptions(out=out, **{**standing, **changes})
+
+
+def noises_of(method: str) -> tuple[str, ...]:
+    """Local noise for a method that knows no other."""
+    return ("local",) if getattr(load_training_method(method), "local_only", "") else ("distributed",)
+
+
+def of_methods(data: Path, out: Path, *, methods: Sequence[str], epsilons: Sequence[float], seeds: int) -> list[Table]:
+    """A table of any installed methods on both sets of features. Raises ConfigError FS-1004."""
+
+    def part(name: str, method: str) -> Federated:
+        return Federated(
+            settings(
+                data, out / f"{name}-iid-{method}", name, methods=(method,), noises=noises_of(method),
+                epsilons=tuple(epsilons), seeds=seeds,
+            )
+        )  # fmt: skip
+
+    return [
+        Table(f"{name}-methods", f"{name}, IID", tuple(part(name, method) for method in methods))
+        for name in ("ucf101", "caltech101")
+    ]
+
+
+def tables(data: Path, out: Path) -> list[Table]:
+    """All tables of the page, the shortest runs first."""
+
+    def on(name: str, folder: str, **changes: Any) -> Federated:
+        return Federated(settings(data, out / f"{name}-{folder}", name, **changes))
+
+    def ucf(folder: str, method: str, **changes: Any) -> Federated:
+        return on("ucf101", f"{folder}-{method}", methods=(method,), **{"seeds": 3, **changes})
+
+    averaged = {"noises": ("local",), "rounds": 10, "local_steps": 5, "partitions": ("iid", SKEWS[0])}
+    alone_options = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=3)
+    skewed = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=3, partitions=(SKEWS[0],))
+    folders = {
+        "--data": str(data / "brain-tumor"),
+        "--origins": str(data / "brain-tumor" / "manifest.csv"),
+        "--epsilon": "1,8,inf",
+        "--seeds": "3",
+    }
+    released = {**folders, "--epsilon": "inf", "--seeds": "1", "--transductive": ""}
+    private = ("linear", "facmic", "fedclip", "bottleneck", "prototypes", "ridge", "local-only-linear")
+    references = ("reference", "reference-fedclip", "reference-local")
+    scores = {
+        "raw-394": "accuracy raw",
+        "balanced": "balanced accuracy raw",
+        "clean-250": "accuracy clean",
+        "balanced, clean": "balanced accuracy clean",
+        **{f"own, {site}": f"accuracy {site}" for site in ("client_0", "client_1", "client_2")},
+    }
+    best = {"best round, raw": "best-round accuracy raw", "best round, clean": "best-round accuracy clean"}
+    return [
+        Table(
+            "caltech101-iid",
+            "Caltech101 features, five sites, IID, distributed noise",
+            (
+                on("caltech101", "iid-linear", methods=("linear",), seeds=5),
+                on("caltech101", "iid-facmic", methods=("facmic",), epsilons=FEW, seeds=3),
+            ),
+            pairs=(("facmic", "linear"),),
+            drawn=True,
+        ),
+        Table(
+            "brain-tumor-released",
+            "BT slices, tiny CLIP, the released training, not private",
+            (Example({**released, "--method": ",".join(references)}, out / "brain-tumor"),),
+            columns={**scores, **best},
+        ),
+        Table(
+            "brain-tumor-private",
+            "BT slices, tiny CLIP, private methods",
+            (Example({**folders, "--method": ",".join(private)}, out / "brain-tumor-private"),),
+            columns=scores,
+        ),
+        Table(
+            "ucf101-baselines",
+            "UCF101 features, five sites, IID: what else there is",
+            (
+                ucf("iid", "linear", epsilons=FEW),
+                ucf("iid", "facmic", epsilons=FEW),
+                *(ucf("iid", method, epsilons=FEW) for method in ("prototypes", "ridge", "fedfocal", "bottleneck")),
+                ucf("iid", "fedclip", epsilons=FEW, seeds=1, rounds=60),
+                Alone("local-only-linear", alone_options),
+            ),
+        ),
+        Table(
+            "ucf101-skew",
+            "UCF101 features, five sites: skew of labels and sizes, distributed and local noise",
+            (
+                ucf("iid", "linear", epsilons=FEW),
+                ucf("skew", "linear", epsilons=FEW, partitions=SKEWS),
+                ucf("local", "linear", epsilons=FEW, partitions=("iid", *SKEWS), noises=("local",)),
+                Alone("local-only-linear", alone_options),
+                Alone("local-only-linear", skewed),
+            ),
+            label=("method", "noise", "partition"),
+        ),
+        Table(
+            "ucf101-local",
+            "UCF101 features, five sites: ten rounds of five local steps, local noise",
+            tuple(
+                ucf("averaging", method, epsilons=(8.0, INF), **averaged) for method in ("fedavg", "fedprox", "moon")
+            ),
+            label=("method", "partition"),
+            pairs=(
+                ("fedprox, dirichlet:0.1", "fedavg, dirichlet:0.1"),
+                ("moon, dirichlet:0.1", "fedavg, dirichlet:0.1"),
+            ),
+        ),
+        Table(
+            "ucf101-three-sites",
+            "UCF101 features, three sites, IID, distributed noise",
+            (ucf("three", "linear", sites=3, min_survivors=3),),
+        ),
+        Table(
+            "ucf101-iid",
+            "UCF101 features, five sites, IID, distributed noise",
+            (ucf("iid", "linear", seeds=5), ucf("iid", "facmic", seeds=5)),
+            pairs=(("facmic", "linear"),),
+            drawn=True,
+        ),
+    ]
