@@ -17,7 +17,6 @@ from typing import Literal
 
 import numpy as np
 
-from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import Vector
 from fedsecure.learning.classifier import Classifier, Floats, unfit
 from fedsecure.learning.units import UnitFeatures
@@ -86,16 +85,10 @@ def class_gradient_sum(
         (layout.length,) float64, laid out as ``layout.shape``; zeros for a class nobody here holds.
 
     Raises:
-        PrivacyError: FS-1238 a C_g that is not above 0.
-        ModelError: FS-1681 shapes that do not fit; FS-1638 labels outside the classes.
+        ModelError: FS-1681 shapes that do not fit, labels outside the classes, or a C_g that is not above 0.
     """
     if not clip_norm > 0:
-        raise PrivacyError(
-            "FS-1238",
-            f"class gradients clipped to {clip_norm}",
-            expected="a value above 0",
-            cure="set method.clip2fl.clip_norm, for instance to 1",
-        )
+        raise unfit(f"class gradients clipped to {clip_norm}", "a clip norm above 0")
     right = features if outer is None else outer
     fits = features.shape[:2] == right.shape[:2] == units.mask.shape and features.shape[2:] == (classifier.dimension,)
     if not fits or (layout.classes, layout.dimension) != (classifier.classes, right.shape[-1]):
@@ -105,12 +98,7 @@ def class_gradient_sum(
         )
     labels = units.labels[units.mask]
     if labels.size and not (labels.min() >= 0 and labels.max() < layout.classes):
-        raise ModelError(
-            "FS-1638",
-            f"labels up to {int(labels.max())}",
-            expected=f"integers from 0 to {layout.classes - 1}",
-            cure="use the federation's class list",
-        )
+        raise unfit(f"labels up to {int(labels.max())}", f"integers from 0 to {layout.classes - 1}")
     total = np.zeros(layout.shape)
     for start in range(0, len(units), _CHUNK):
         part = slice(start, start + _CHUNK)

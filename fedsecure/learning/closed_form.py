@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Vector
 from fedsecure.learning.engines import Precision
-from fedsecure.learning.losses import classification_slope, contrast_slope
+from fedsecure.learning.losses import classification_slope, contrast_slope, distillation_slope
 from fedsecure.learning.modules import FeatureAdapter, build_poles, centred_inputs, to_tensors
-from fedsecure.learning.objective import Objective
+from fedsecure.learning.objective import TEACHER_SCALE, Objective
 from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
 
@@ -140,7 +140,10 @@ class _Adapter:
         inputs = centred_inputs(self.task, features.to(next(iter(self.tensors.values())).dtype))
         with torch.no_grad():
             poles = [pole.adapt(features.double()) for pole in self.poles]
-        slopes = _Slopes(self.task.objective, labels, weights, self.prior, self.log_prior, poles)
+        teacher = None
+        if self.task.objective.distillation is not None:
+            teacher = inputs.double() @ self.prior.T * (TEACHER_SCALE / self.task.scale)
+        slopes = _Slopes(self.task.objective, labels, weights, self.prior, self.log_prior, poles, teacher)
         return BACKWARD[self.task.spec.kind](inputs, self.tensors, slopes)
 
 
@@ -154,12 +157,16 @@ class _Slopes:
     prior: Tensor
     log_prior: Tensor | None
     poles: Sequence[Tensor]
+    # (n, K) logits of the teacher, where there is a distillation.
+    teacher: Tensor | None
 
     def in_logits(self, logits: Tensor) -> Tensor:
         """(n, K) for (n, K) logits."""
-        if self.log_prior is not None:
-            logits = logits + self.log_prior
-        return classification_slope(self.objective, logits, self.labels).mul_(self.weights[:, None])
+        shifted = logits if self.log_prior is None else logits + self.log_prior
+        slope = classification_slope(self.objective, shifted, self.labels)
+        if self.objective.distillation is not None and self.teacher is not None:
+            slope += distillation_slope(logits, self.teacher, self.objective.distillation)
+        return slope.mul_(self.weights[:, None])
 
     def in_feature(self, adapted: Tensor) -> Tensor:
         """(n, d) for (n, d) adapted unit features z, whose logits are τ·z·Pᵀ."""

@@ -7,44 +7,16 @@ public and each term looks at one record alone, so clipping per record stays val
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
-from torch.nn import functional
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import Float32
-from fedsecure.learning.losses import classification_loss
-from fedsecure.learning.objective import CROSS_ENTROPY, Objective
-
-# exp(logit_scale) of OpenAI's models, by which the released program multiplies cosines.
-TEACHER_SCALE = 100.0
-
-
-@dataclass(frozen=True, slots=True)
-class Distillation:
-    """How much, and how softly, the teacher speaks.
-
-    Attributes:
-        strength: β ≥ 0; 0 is plain training. The released program's is 1.
-        temperature: T > 0; the released program's is 3. The paper's equation has none.
-
-    Raises:
-        ModelError: FS-1690 a value out of range.
-    """
-
-    strength: float = 1.0
-    temperature: float = 3.0
-
-    def __post_init__(self) -> None:
-        if not (math.isfinite(self.strength) and self.strength >= 0):
-            raise _out_of_range(f"distillation strength {self.strength}")
-        if not (math.isfinite(self.temperature) and self.temperature > 0):
-            raise _out_of_range(f"distillation temperature {self.temperature}")
+from fedsecure.learning.losses import classification_loss, distillation_term
+from fedsecure.learning.objective import CROSS_ENTROPY, TEACHER_SCALE, Distillation, Objective
 
 
 def teacher_logits(features: npt.NDArray[Any], text: npt.NDArray[Any], *, scale: float = TEACHER_SCALE) -> Float32:
@@ -112,16 +84,7 @@ def distillation_loss(
     loss = classification_loss(objective, logits, labels)
     if how.strength == 0:
         return loss
-    soft = functional.log_softmax(teacher / how.temperature, dim=-1)
-    own = functional.log_softmax(logits / how.temperature, dim=-1)
-    apart = (soft.exp() * (soft - own)).sum(-1)
-    return loss + how.strength * how.temperature**2 * apart
+    return loss + distillation_term(logits, teacher, how)
 
 
-def _out_of_range(found: str) -> ModelError:
-    return ModelError(
-        "FS-1690",
-        found,
-        expected="a finite strength of 0 or more, and a finite temperature above 0",
-        cure="the released program's are strength 1 and temperature 3",
-    )
+__all__ = ["Distillation", "check_classes", "distillation_loss", "teacher_logits"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsecure.learning.objective import Objective
+from fedsecure.learning.objective import Distillation, Objective
 
 
 def _aims(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
@@ -41,6 +41,19 @@ def classification_slope(objective: Objective, logits: Tensor, labels: Tensor) -
         change += gamma * probabilities * rest ** (gamma - 1) * logs
     change *= _aims(logits, labels, objective.smoothing)
     return change.addcmul_(probabilities, change.sum(-1, keepdim=True), value=-1)
+
+
+def distillation_term(logits: Tensor, teacher: Tensor, how: Distillation) -> Tensor:
+    """β·T²·KL(softmax(q/T) ‖ softmax(s/T)) (Hinton, Vinyals, Dean 2015): (…,) for (…, K) logits."""
+    soft = torch.log_softmax(teacher / how.temperature, dim=-1)
+    own = torch.log_softmax(logits / how.temperature, dim=-1)
+    return how.strength * how.temperature**2 * (soft.exp() * (soft - own)).sum(-1)
+
+
+def distillation_slope(logits: Tensor, teacher: Tensor, how: Distillation) -> Tensor:
+    """∂/∂logits of :func:`distillation_term`: (…, K)."""
+    apart = torch.softmax(logits / how.temperature, dim=-1) - torch.softmax(teacher / how.temperature, dim=-1)
+    return apart.mul_(how.strength * how.temperature)
 
 
 def contrast_loss(adapted: Tensor, anchor: Tensor, previous: Tensor, *, temperature: float) -> Tensor:

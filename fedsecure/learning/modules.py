@@ -16,7 +16,8 @@ from torch.nn import functional
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec
-from fedsecure.learning.losses import classification_loss, contrast_loss
+from fedsecure.learning.losses import classification_loss, contrast_loss, distillation_term
+from fedsecure.learning.objective import TEACHER_SCALE
 from fedsecure.learning.task import TINY, HeadTask
 
 
@@ -192,12 +193,29 @@ class WithFeatures(nn.Module):
         return torch.cat([adapted @ self.adapter.prior.T, adapted, *fixed], dim=-1)
 
 
+class WithTeacher(nn.Module):
+    """A module with the run's zero-shot logits, scaled as CLIP's own, at the end of its outputs."""
+
+    prior: Tensor
+
+    def __init__(self, task: HeadTask, trained: nn.Module) -> None:
+        super().__init__()
+        self.trained = trained
+        self.task = task
+        parameter = next(trained.parameters())
+        self.register_buffer("prior", torch.from_numpy(task.prior * TEACHER_SCALE).to(parameter), persistent=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        teacher = centred_inputs(self.task, features) @ self.prior.T
+        return torch.cat([self.trained(features), teacher], dim=-1)
+
+
 def build_trained(task: HeadTask, tensors: Mapping[str, Any], *, device: torch.device, dtype: torch.dtype) -> nn.Module:
     """As :func:`build_module`, with the outputs that :func:`record_loss` takes."""
     module = build_module(task, tensors, device=device, dtype=dtype)
-    if not task.objective.of_features:
-        return module
-    return WithFeatures(task, module, build_poles(task, device=device))
+    if task.objective.of_features:
+        module = WithFeatures(task, module, build_poles(task, device=device))
+    return module if task.objective.distillation is None else WithTeacher(task, module)
 
 
 def record_loss(task: HeadTask, device: torch.device) -> Callable[[Tensor, Tensor], Tensor]:
@@ -207,8 +225,10 @@ def record_loss(task: HeadTask, device: torch.device) -> Callable[[Tensor, Tenso
     """
     log_prior = None if task.log_prior is None else torch.as_tensor(task.log_prior).to(device, torch.float64)
     classes, width, objective = task.spec.classes, task.spec.dimension, task.objective
+    taught = 0 if objective.distillation is None else classes
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        outputs, teacher = torch.split(outputs, [outputs.shape[-1] - taught, taught], dim=-1)
         logits, rest = outputs[..., :classes], outputs[..., classes:]
         total = classification_loss(objective, logits if log_prior is None else logits + log_prior, labels)
         adapted, *poles = torch.split(rest, width, dim=-1) if objective.of_features else (rest,)
@@ -218,6 +238,8 @@ def record_loss(task: HeadTask, device: torch.device) -> Callable[[Tensor, Tenso
         if objective.contrast is not None:
             apart = contrast_loss(adapted, *poles, temperature=objective.contrast.temperature)
             total = total + objective.contrast.strength * apart
+        if objective.distillation is not None:
+            total = total + distillation_term(logits, teacher, objective.distillation)
         return total
 
     return loss

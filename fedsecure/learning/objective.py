@@ -34,6 +34,32 @@ class Contrast:
     temperature: float = 0.5
 
 
+@dataclass(frozen=True, slots=True)
+class Distillation:
+    """How much, and how softly, zero-shot CLIP speaks as a teacher (CLIP2FL, AAAI 2024, equation 1).
+
+    Attributes:
+        strength: β ≥ 0; 0 is plain training. The released program's is 1.
+        temperature: T > 0; the released program's is 3. The paper's equation has none.
+
+    Raises:
+        ModelError: FS-1690 a value out of range.
+    """
+
+    strength: float = 1.0
+    temperature: float = 3.0
+
+    def __post_init__(self) -> None:
+        strong = math.isfinite(self.strength) and self.strength >= 0
+        if not (strong and math.isfinite(self.temperature) and self.temperature > 0):
+            raise ModelError(
+                "FS-1690",
+                f"distillation strength {self.strength} and temperature {self.temperature}",
+                expected="a finite strength of 0 or more, and a finite temperature above 0",
+                cure="the released program's are strength 1 and temperature 3",
+            )
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Objective:
     """A per-record loss: focal cross-entropy with smoothed labels, plus terms in the adapted feature z.
@@ -43,6 +69,7 @@ class Objective:
         smoothing: share of the label spread evenly over the classes, in [0, 1).
         alignment: FACMIC's local maximum mean discrepancy in its witness form, or None.
         contrast: MOON's contrast, or None.
+        distillation: from the run's own zero-shot logits, which are a constant of the record; or None.
 
     Raises:
         ModelError: FS-1646 a value out of its range.
@@ -52,6 +79,7 @@ class Objective:
     smoothing: float = 0.0
     alignment: Witness | None = None
     contrast: Contrast | None = None
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
         focal, smoothing = self.focal, self.smoothing
@@ -66,7 +94,7 @@ class Objective:
     @property
     def plain(self) -> bool:
         """Cross-entropy and nothing else."""
-        return not (self.focal or self.smoothing or self.of_features)
+        return not (self.focal or self.smoothing or self.of_features or self.distillation)
 
     @property
     def of_features(self) -> bool:
@@ -75,3 +103,5 @@ class Objective:
 
 
 CROSS_ENTROPY = Objective()
+# exp(logit_scale) of OpenAI's models, by which the released program multiplies a teacher's cosines.
+TEACHER_SCALE = 100.0

@@ -14,7 +14,7 @@ from fedsecure.learning.alignment import FourierFeatures, bandwidths, witness
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.losses import classification_loss, classification_slope, contrast_loss, contrast_slope
 from fedsecure.learning.modules import build_trained, record_loss
-from fedsecure.learning.objective import Contrast, Objective
+from fedsecure.learning.objective import TEACHER_SCALE, Contrast, Distillation, Objective
 from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.learning.units import UnitFeatures
 
@@ -34,6 +34,10 @@ def objective(name: str, spec: AdapterSpec, seed: int = 5) -> Objective:
         return Objective(focal=1.0, smoothing=0.1)
     if name == "smooth":
         return Objective(smoothing=0.2)
+    if name == "distillation":
+        return Objective(distillation=Distillation(strength=0.8, temperature=3.0))
+    if name == "taught contrast":
+        return Objective(contrast=Contrast(moved(spec, 20), moved(spec, 21)), distillation=Distillation())
     if name == "contrast":
         return Objective(contrast=Contrast(moved(spec, 20), moved(spec, 21)))
     target = unit_rows(rng.normal(size=(30, D)))
@@ -61,8 +65,8 @@ def case(kind: str, name: str, *, units: int = 9, records: int = 3) -> tuple[Hea
     return task, moved(spec, 3), UnitFeatures(features, rng.integers(0, K, (units, records)), mask)
 
 
-CASES = [(kind, name) for kind in FORMS for name in ("focal", "smooth")]
-CASES += [(kind, name) for kind in OF_FEATURES for name in ("alignment", "both", "contrast")]
+CASES = [(kind, name) for kind in FORMS for name in ("focal", "smooth", "distillation")]
+CASES += [(kind, name) for kind in OF_FEATURES for name in ("alignment", "both", "contrast", "taught contrast")]
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)
@@ -134,6 +138,20 @@ def test_contrast_is_the_formula_of_moon() -> None:
     assert torch.allclose(value, -(one / (one + two)).log())
     (expected,) = torch.autograd.grad(value.sum(), z)
     assert torch.allclose(contrast_slope(z.detach(), near, far, temperature=0.5), expected)
+
+
+def test_distillation_is_hintons_loss_against_zero_shot_at_clips_own_scale() -> None:
+    task, tensors, rows = case("linear", "distillation", units=5, records=1)
+    module = build_trained(task, tensors, device=CPU, dtype=torch.float64)
+    outputs, labels = module(torch.from_numpy(rows.features).double()), torch.from_numpy(rows.labels)
+    plain = HeadTask(task.spec, task.text, task.centre, task.temperature, task.log_prior)
+    apart = record_loss(task, CPU)(outputs, labels) - record_loss(plain, CPU)(outputs[..., :K], labels)
+    inputs = unit_rows(unit_rows(rows.features.astype(np.float64)) - task.centre)
+    teacher = torch.softmax(torch.from_numpy(TEACHER_SCALE * inputs @ task.prior.T) / 3, dim=-1)
+    student = torch.log_softmax(outputs[..., :K] / 3, dim=-1)
+    expected = 0.8 * 9 * torch.nn.functional.kl_div(student, teacher, reduction="none").sum(-1)
+    assert torch.allclose(apart, expected)
+    assert float(apart.detach().min()) > 0
 
 
 def test_focal_loss_counts_a_sure_record_less() -> None:
