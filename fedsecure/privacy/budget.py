@@ -15,6 +15,7 @@ from fedsecure.privacy import accounting
 from fedsecure.privacy.ledger import MARGIN, POPULATIONS, Ledger
 from fedsecure.privacy.ledger_file import Limit
 from fedsecure.privacy.ledger_head import parse_head
+from fedsecure.privacy.report_figures import remaining
 
 _MOST_LEFT = 1 << 20
 
@@ -62,9 +63,7 @@ def show(ledger: Path | str, *, delta: float = 1e-5, max_epsilon: float | None =
                         "releases": len(paid),
                         "limit_epsilon": limit.epsilon if limit else None,
                         "limit_delta": limit.delta if limit else None,
-                        "remaining": max(0.0, limit.epsilon - accounting.epsilon(spent, delta=limit.delta))
-                        if limit
-                        else None,
+                        "remaining": remaining(spent, epsilon=limit.epsilon, delta=limit.delta) if limit else None,
                         "releases_left": _releases_left(spent, last, limit) if limit and last else None,
                     }
                 )

@@ -10,17 +10,17 @@ import importlib.metadata
 import math
 import platform
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedsecure.config import RunSettings
 from fedsecure.errors import PrivacyError
 from fedsecure.messages import Event, Population
 from fedsecure.privacy import accounting
-from fedsecure.privacy.ledger import Entry, Ledger
+from fedsecure.privacy.ledger import Entry, Ledger, Limit
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.privacy.policy import collusion
-from fedsecure.privacy.report_figures import by_purpose, compact, finite, price, several_sites, shares
+from fedsecure.privacy.report_figures import by_purpose, compact, finite, price, remaining, several_sites, shares
 from fedsecure.privacy.report_text import SEEDED, assumptions, not_protected, stamp, statement
 
 SCHEMA = "fedsecure/privacy-report"
@@ -52,6 +52,7 @@ def site_report(
     outcome: Mapping[str, Any] | None,
     seeded: bool,
     audit: Mapping[str, Any] | None = None,
+    limits: Mapping[Population, Limit] | None = None,
 ) -> dict[str, Any]:
     """One site's report of one run, as JSON-ready values.
 
@@ -65,6 +66,7 @@ def site_report(
         outcome: the aggregator's summary (attempts, evaluations), or ``None`` while the run goes on.
         seeded: whether any noise came from a seed.
         audit: what ``fedsecure audit --json`` printed, or ``None`` where none was run.
+        limits: the site's policy, by population; an officer's limits are in the ledger.
 
     Returns:
         An object valid under ``report.schema.json``, ``kind`` "site". A figure that is not finite is ``None``.
@@ -73,10 +75,13 @@ def site_report(
     colluders, survivors = collusion(settings, len(trainers))
     charged: list[tuple[Population, str | None]] = [("train", train_dataset), ("evaluation", evaluation_dataset)]
     budgets = {
-        population: _budget(ledger, dataset, population, run=run, delta=delta, colluders=colluders, survivors=survivors)
+        population: _budget(
+            ledger, dataset, population, run=run, delta=delta, colluders=colluders, survivors=survivors,
+            policy=(limits or {}).get(population),
+        )
         for population, dataset in charged
         if dataset is not None
-    }
+    }  # fmt: skip
     privacy = settings.privacy
     no_privacy = privacy.no_privacy or None
     number, digest = ledger.head()
@@ -237,6 +242,7 @@ def _budget(
     delta: float,
     colluders: int,
     survivors: int,
+    policy: Limit | None,
 ) -> dict[str, Any]:
     history = [entry for entry in ledger.history(dataset, population) if entry.state == "RESERVED"]
     mine = [entry for entry in history if entry.run == run]
@@ -246,11 +252,17 @@ def _budget(
         (list(ledger.spent(dataset, population, delta=delta)), run_events),
         key=lambda events: accounting.epsilon(events, delta=delta),
     )
+    limits = {"policy": policy, "officer": ledger.limits().get((dataset, population))}
     return {
         "dataset": dataset,
         "this_run": price(run_events, delta, colluders=colluders, survivors=survivors),
         "all_runs": price(whole, delta, colluders=colluders, survivors=survivors),
         "all_runs_events": compact(whole),
+        "limits": [
+            {"by": by, **asdict(limit), "remaining": remaining(whole, **asdict(limit))}
+            for by, limit in limits.items()
+            if limit is not None
+        ],
         "runs": len({entry.run for entry in history if entry.final != "VOID"}),
         "shares": by_purpose([entry.events for entry in mine if entry.final != "VOID"]),
         "releases": _releases(mine, delta),
@@ -315,7 +327,8 @@ def _mechanism(settings: RunSettings, plan: PrivacyPlan, *, seeded: bool) -> dic
         "spare_attempts": privacy.spare_attempts,
         "target_epsilon": privacy.target_epsilon,
         "signal_to_noise": plan.signal_to_noise,
-        "relation": "zero-out (REPLACE_SPECIAL); the number of units is public",
+        "relation": "a unit's records against nothing in their place (zero-out, REPLACE_SPECIAL); "
+        "the declared maximum of units is public",
         "accountant": _ACCOUNTANTS[accounting.accountant(replace(event, sampling_rate=q) for q in rates.values())],
         "generator": f"a seed: {SEEDED}" if seeded else "AES-256-CTR keyed by the operating system",
         "declared_units": dict(plan.units),

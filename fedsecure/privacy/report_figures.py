@@ -61,6 +61,11 @@ def price(events: Sequence[Event], delta: float, *, colluders: int, survivors: i
     }
 
 
+def remaining(events: Sequence[Event], *, epsilon: float, delta: float) -> float:
+    """What is left of a limit on ε at δ after some events; never below 0."""
+    return max(0.0, epsilon - accounting.epsilon(events, delta=delta))
+
+
 def compact(events: Iterable[Event]) -> list[dict[str, Any]]:
     """All that ε depends on: equal events once, with their steps together."""
     steps: Counter[tuple[float, float, float]] = Counter()

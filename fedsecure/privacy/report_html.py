@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import TYPE_CHECKING, Any
 
 from fedsecure.errors import EnvironmentProblem
 from fedsecure.files import write_whole
-from fedsecure.privacy.report import SCHEMA_VERSION
 from fedsecure.privacy.report_figures import by_purpose, events_of, several_sites
 from fedsecure.privacy.report_text import exposure, power, rates_by_site
 from fedsecure.privacy.report_verify import check_format, no_report
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 _INK, _SOFT, _ACCENT, _PALE = "#1d2433", "#5b6478", "#1f5fa8", "#9db7d6"
 _COLOURS = ("#1f5fa8", "#c8571b", "#3b8252", "#7a4ba0", "#9a7d0a", "#3f8f9b", "#b0416b", "#55606e")
 _MOST_CLASSES = 20
+_FALSE_POSITIVES = (1e-3, 1e-2, 1e-1)
 _MOST_BYTES = 1 << 28
 
 
@@ -100,6 +101,7 @@ def render_html(report: Mapping[str, Any]) -> str:
         sites=sites,
         worst=worst,
         plots=plots,
+        attack=_attack_rows(worst),
         mechanism=_mechanism_rows(report["mechanism"], target=_target(report)),
         exposure=exposure(report),
         audits=_audits(report, sites),
@@ -110,8 +112,6 @@ def render_html(report: Mapping[str, Any]) -> str:
 def current(report: Mapping[str, Any]) -> dict[str, Any]:
     """A report of an earlier format with what it lacks, for display; the copy carries no valid signature."""
     found: dict[str, Any] = json.loads(json.dumps(report))
-    if found["schema_version"] == SCHEMA_VERSION and found["kind"] == "site":
-        return found
     sites: list[dict[str, Any]] = found["sites"] if found["kind"] == "network" else [found]
     for part in (found, *sites):
         part.setdefault("max_sites_per_patient", 1)
@@ -119,6 +119,7 @@ def current(report: Mapping[str, Any]) -> dict[str, Any]:
     for site in sites:
         for population, budget in site["budgets"].items():
             paid = [row["events"] for row in budget["releases"] if row["state"] != "VOID"]
+            budget.setdefault("limits", [])
             budget.setdefault("shares", by_purpose([events_of(rows, population) for rows in paid]))
     if found["kind"] == "network" and "several_sites" not in found:
         found["several_sites"] = several_sites(sites, found["delta"], declared=1)
@@ -146,6 +147,12 @@ def _number(value: Any, digits: int) -> str:
 
 def _percent(value: Any) -> str:
     return f"{value:.1%}" if isinstance(value, int | float) else "–"
+
+
+def _attack_rows(price: Mapping[str, Any] | None) -> list[Mapping[str, Any]]:
+    """The bound where readers look for it."""
+    points = price["attack"] if price else ()
+    return [point for point in points if any(math.isclose(point["fpr"], at) for at in _FALSE_POSITIVES)]
 
 
 def _target(report: Mapping[str, Any]) -> float | None:
@@ -217,7 +224,7 @@ def _attack(figure: Figure, price: Mapping[str, Any]) -> None:
     near = min(price["attack"], key=lambda point: abs(point["fpr"] - 0.01))
     axes.plot([near["fpr"]], [near["tpr"]], "o", color=_ACCENT, markersize=6)
     axes.annotate(
-        f"{near['tpr']:.1%} at 1 %", (near["fpr"], near["tpr"]), xytext=(-8, 8), textcoords="offset points",
+        f"{near['tpr']:.1%} at 1%", (near["fpr"], near["tpr"]), xytext=(-8, 8), textcoords="offset points",
         color=_ACCENT, ha="right",
     )  # fmt: skip
     axes.set_xlabel("wrongly accused (false-positive rate)", color=_INK)
@@ -255,12 +262,23 @@ def _spent(figure: Figure, sites: Sequence[Mapping[str, Any]], target: float | N
 
 def _utility(figure: Figure, accuracy: Mapping[str, Any], epsilon: float) -> None:
     axes = _axes(figure)
-    for key, label, colour in (("accuracy", "accuracy", _ACCENT), ("balanced_accuracy", "balanced", _COLOURS[1])):
+    # The second, hollow and larger, shows where both are equal.
+    rows = (("accuracy", "accuracy", _ACCENT, "o", 46), ("balanced_accuracy", "balanced", _COLOURS[1], "D", 90))
+    for key, label, colour, marker, size in rows:
         before, after = accuracy["before"][key], accuracy["after"][key]
         if before is not None and after is not None:
             axes.plot([0, epsilon], [before, after], color=colour, linewidth=1.2, linestyle=(0, (4, 3)), zorder=1)
-            axes.scatter([0], [before], color="white", edgecolors=colour, s=46, zorder=2)
-            axes.scatter([epsilon], [after], color=colour, s=46, zorder=3, label=label)
+            face = "none" if marker == "D" else colour
+            axes.scatter(
+                [0, epsilon],
+                [before, after],
+                marker=marker,
+                facecolors=face,
+                edgecolors=colour,
+                s=size,
+                zorder=2,
+                label=label,
+            )
     axes.set_xlim(-0.04 * epsilon, 1.08 * epsilon)
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")

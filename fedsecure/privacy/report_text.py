@@ -15,7 +15,7 @@ CONSENTED = "NO PRIVACY (by consent)"
 ADVERSARIES = {
     "outsider": "anyone who sees every released sum and model, and runs no site",
     "colluding": "the aggregator together with at most {c} of the other sites, deviating from the protocol at will",
-    "beyond": "the aggregator together with more than {c} sites: only this site's own noise still counts",
+    "beyond": "the aggregator together with more than {c} of the other sites: only this site's own noise still counts",
 }
 
 NOT_PROTECTED = (
@@ -59,6 +59,10 @@ def exposure(report: Mapping[str, Any]) -> list[str]:
         "a site keeps in its own folders: its ledger (units only as keyed hashes, under a key that never leaves it), "
         "cached features, adapters and reports; the aggregator keeps sums, models and the public settings"
     )
+    lines.append(
+        "a budget lasts as long as the data and is never renewed by time; only the site can raise a limit, in its own "
+        "policy and, on record in the ledger, by its officer"
+    )
     return lines
 
 
@@ -100,6 +104,8 @@ def assumptions(*, unit: str, cap: int, noise: str, rates: Mapping[str, float], 
         f"no unit is held by more than {sites} site{'s' * (sites > 1)}: sites cannot compare their patients without "
         "revealing them, so this is declared and nobody has checked it",
         "the declared maximum number of units is public; leaving a unit out is compared with replacing it by nothing",
+        "learning rate, clip norm and rounds are public settings; what was tried on these units in other runs is "
+        "charged to them, and what was tried outside this system is in no figure",
         sampled,
         "the adversary sees all sums, all intermediate models and who took part, and knows all data but one unit",
         "the noise keys come from the operating system's generator and stay in the site's process",

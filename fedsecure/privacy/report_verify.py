@@ -18,7 +18,7 @@ from fedsecure.errors import FedsecureError, PrivacyError
 from fedsecure.messages import Event
 from fedsecure.privacy import accounting
 from fedsecure.privacy.report import READABLE, SCHEMA, SCHEMA_VERSION, headline, network_report
-from fedsecure.privacy.report_figures import by_purpose, events_of, price, shares
+from fedsecure.privacy.report_figures import by_purpose, events_of, price, remaining, shares
 from fedsecure.privacy.report_text import stamp
 
 PURPOSE = "fedsecure/privacy-report/v1"
@@ -237,6 +237,9 @@ def _check_site(site: Mapping[str, Any], check: _Check) -> None:
         whole = events_of(budget["all_runs_events"], population)
         check.same(budget["this_run"], price(mine, delta, **parties), f"{where}: this_run")
         check.same(budget["all_runs"], price(whole, delta, **parties), f"{where}: all_runs")
+        for limit in budget.get("limits", ()):
+            left = remaining(whole, epsilon=limit["epsilon"], delta=limit["delta"])
+            check.same(limit["remaining"], left, f"{where}: what remains of the {limit['by']}'s limit")
         least, most = accounting.epsilon(mine, delta=delta), accounting.epsilon(whole, delta=delta)
         check.same(most >= least * (1 - _RELATIVE), True, f"{where}: that all runs cost no less than this one")
         check.same([row["share"] for row in rows], shares(charges), f"{where}: share")

@@ -23,7 +23,7 @@ from fedsecure.learning.artefact import AdapterMetadata, save_adapter
 from fedsecure.learning.engines import choose_engine
 from fedsecure.messages import SiteState
 from fedsecure.methods.base import Tensor
-from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.ledger import Ledger, Limit
 from fedsecure.privacy.plan import paid_by
 from fedsecure.privacy.report import site_report
 from fedsecure.privacy.report_verify import PURPOSE, load_audit, sign_report
@@ -119,7 +119,7 @@ def signed_report(
 
     What ``fedsecure audit --json`` printed into ``audit.json`` in the site's state is in it.
     """
-    config, settings = member.config, member.settings
+    config, settings, policy = member.config, member.settings, member.config.policy
     train, evaluation = config.train, config.evaluation
     report = site_report(
         site=config.site,
@@ -134,6 +134,10 @@ def signed_report(
         outcome=outcome,
         seeded=seeded,
         audit=_audit(config.state / "audit.json"),
+        limits={
+            "train": Limit(policy.max_epsilon, policy.delta),
+            "evaluation": Limit(policy.max_evaluation_epsilon, policy.delta),
+        },
     )
     key = member.identity.signing_key
     return sign_report(report, lambda body: keys.sign(key, PURPOSE, body), site=config.site)

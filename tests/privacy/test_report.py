@@ -21,7 +21,7 @@ from fedsecure.errors import EnvironmentProblem, PrivacyError
 from fedsecure.messages import Event
 from fedsecure.methods.base import Cohort
 from fedsecure.privacy import accounting
-from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.ledger import Ledger, Limit
 from fedsecure.privacy.plan import Privacy, PrivacyPlan
 from fedsecure.privacy.report import network_report, site_report
 from fedsecure.privacy.report_html import load_report, render_html, write_html
@@ -97,6 +97,7 @@ def trainer(folder: Path, site: str = "north", *, seeded: bool = False, **privac
         return site_report(
             site=site, role="train", run=RUN, settings=settings, ledger=ledger, train_dataset=f"{site} scans",
             evaluation_dataset=None, delta=1e-5, plan=plan, outcome=outcome(), seeded=seeded,
+            limits={"train": Limit(20.0, 1e-6)},
         )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ def first_format(report: dict[str, Any]) -> dict[str, Any]:
         for name in ("max_sites_per_patient", "audit", "several_sites", "signature"):
             part.pop(name, None)
         for budget in part.get("budgets", {}).values():
-            del budget["shares"]
+            del budget["shares"], budget["limits"]
     return older
 
 
@@ -179,6 +180,28 @@ def test_other_runs_on_the_same_data_are_shown_and_voids_are_not_charged(tmp_pat
     ]
     assert report["accuracy"] is None
     assert report["rounds"] == []
+
+
+def test_what_the_policy_and_the_officer_allow_is_beside_what_was_paid(tmp_path: Path) -> None:
+    settings, plan = run_settings(), run_plan(run_settings())
+    with spend(tmp_path, "north", plan.round_events) as ledger:
+        ledger.set_limit("north scans", "train", Limit(9.0, 1e-5), reason="agreed with the board")
+        report = site_report(
+            site="north", role="train", run=RUN, settings=settings, ledger=ledger, train_dataset="north scans",
+            evaluation_dataset=None, delta=1e-5, plan=plan, outcome=None, seeded=False,
+            limits={"train": Limit(20.0, 1e-6), "evaluation": Limit(1.0, 1e-5)},
+        )  # fmt: skip
+    validate(report)
+    spent = plan.round_events * 6
+    assert report["budgets"]["train"]["limits"] == [
+        {"by": "policy", "epsilon": 20.0, "delta": 1e-6, "remaining": 20.0 - accounting.epsilon(spent, delta=1e-6)},
+        {"by": "officer", "epsilon": 9.0, "delta": 1e-5, "remaining": 9.0 - accounting.epsilon(spent, delta=1e-5)},
+    ]
+    # The page shows the tighter one, and the other's δ where it is another.
+    page = render_html(report)
+    assert f'<td class="n">9</td><td class="n">{9.0 - report["epsilon"]:.3f}</td>' in page
+    assert '<td class="n">20 at δ = 10⁻⁶</td>' in render_html(trainer(tmp_path, "south"))
+    assert '<td class="n">–</td><td class="n">–</td>' in render_html(evaluator(tmp_path))
 
 
 def test_what_the_units_paid_under_another_name_is_in_all_runs(tmp_path: Path) -> None:

@@ -43,6 +43,12 @@ def test_an_audit_in_the_sites_state_is_in_the_signed_report(tmp_path: Path) -> 
     assert "one audit" in render_html(report)
 
 
+def test_the_sites_policy_is_beside_what_its_units_paid(tmp_path: Path) -> None:
+    report = report_with(World(tmp_path, max_epsilon=9.5), None)
+    (limit,) = report["budgets"]["train"]["limits"]
+    assert limit == {"by": "policy", "epsilon": 9.5, "delta": 1e-5, "remaining": 9.5}
+
+
 @pytest.mark.parametrize("content", ["", "{}", "[1]", json.dumps(AUDIT | {"passed": "yes"})])
 def test_a_broken_audit_costs_no_report(tmp_path: Path, content: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING, "fedsecure.client"):
