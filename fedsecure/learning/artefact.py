@@ -1,16 +1,17 @@
 """The trained adapter as one ``safetensors`` file that says what it is, what it was trained on and at what price.
 
 It holds the text embeddings and the public mean beside the adapter's tensors, so it works on feature files without any
-encoder, and it refuses features of another encoder. No pickle, no torch.
+encoder, and it refuses features of another encoder. Learned prompts stand in it as the texts they amount to; branches
+of the visual tower need the tower, and so images. No pickle, no torch.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,9 +21,15 @@ from fedsecure.files import write_whole
 from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
 from fedsecure.learning.evaluation import predict
 from fedsecure.learning.task import HeadTask
+from fedsecure.learning.towers import TowerSpec, lora_spec, prompt_spec
+
+if TYPE_CHECKING:
+    from fedsecure.learning.tower_task import TowerTask
 
 FORMAT = "fedsecure-adapter/1"
 _CONSTANTS = ("text", "centre")
+# The (K, d) texts that learned prompts amount to.
+_LEARNED = "learned"
 _MAX_BYTES = 2**32
 
 
@@ -59,11 +66,26 @@ class AdapterMetadata:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Adapter:
-    """A loaded adapter: ``predict`` takes features of the encoder named in the metadata."""
+    """A loaded adapter: ``predict`` takes features of the encoder named in the metadata.
+
+    Attributes:
+        task: what features are classified with.
+        tensors: what was trained, as in ``spec.shapes``.
+        metadata: what the file says about itself.
+        spec: the adapter's; another than the task's for methods inside the towers.
+        zero_shot: the linear head that the encoder alone is.
+    """
 
     task: HeadTask
     tensors: Mapping[str, Float32]
     metadata: AdapterMetadata
+    spec: AdapterSpec
+    zero_shot: HeadTask
+
+    @property
+    def of_pixels(self) -> bool:
+        """Whether it lies inside the visual tower, so that it needs images and not features."""
+        return isinstance(self.spec, TowerSpec) and self.spec.kind == "lora"
 
     def check_encoder(self, fingerprint: str) -> None:
         """Refuse another encoder: ModelError FS-1636."""
@@ -78,13 +100,27 @@ class Adapter:
     def predict(
         self, features: npt.NDArray[Any], *, fingerprint: str, device: str = "auto"
     ) -> tuple[npt.NDArray[np.int64], Vector]:
-        """Labels (n,) and probabilities (n, K) for (n, d) features of the encoder ``fingerprint``."""
+        """Labels (n,) and probabilities (n, K) for (n, d) features of the encoder ``fingerprint``.
+
+        Raises:
+            ModelError: FS-1636 another encoder, FS-1675 an adapter inside the visual tower, FS-1638 as
+                :func:`fedsecure.learning.evaluation.predict`.
+        """
         self.check_encoder(fingerprint)
-        return predict(self.task, self.tensors, features, device=device)
+        if self.of_pixels:
+            raise ModelError(
+                "FS-1675",
+                "features, and an adapter inside the visual tower that makes them",
+                expected="images",
+                cure="use `fedsecure predict` or `fedsecure evaluate` with images",
+            )
+        # Learned prompts are in the task's texts, so its head is the zero-shot one.
+        held = self.tensors if self.spec == self.task.spec else self.task.spec.initial(b"")
+        return predict(self.task, held, features, device=device)
 
 
 def save_adapter(
-    path: Path | str, task: HeadTask, *, tensors: Mapping[str, npt.NDArray[Any]], metadata: AdapterMetadata
+    path: Path | str, task: HeadTask | TowerTask, *, tensors: Mapping[str, npt.NDArray[Any]], metadata: AdapterMetadata
 ) -> None:
     """Write the adapter; the file appears whole or not at all.
 
@@ -97,6 +133,8 @@ def save_adapter(
     task.spec.flatten(tensors)
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     arrays |= {name: np.ascontiguousarray(getattr(task, name), np.float32) for name in _CONSTANTS}
+    if not isinstance(task, HeadTask) and task.texts is not None:
+        arrays[_LEARNED] = task.texts(tensors)
     facts: dict[str, Any] = {
         "kind": task.spec.kind,
         **{name: getattr(metadata, name) for name in AdapterMetadata.__slots__},
@@ -128,9 +166,10 @@ def load_adapter(path: Path | str) -> Adapter:
             names = set(file.keys())
             facts = json.loads(header.get("adapter", ""))
             metadata = _metadata(facts)
-            shape = file.get_slice("text").get_shape()
-            spec = AdapterSpec(facts["kind"], int(shape[1]), len(metadata.classes))
-            if names != {*spec.shapes, *_CONSTANTS}:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in sorted(names)}
+            spec = _spec(str(facts["kind"]), metadata, shapes)
+            learned = (_LEARNED,) if isinstance(spec, TowerSpec) and spec.kind == "promptfl" else ()
+            if names != {*spec.shapes, *_CONSTANTS, *learned}:
                 raise _foreign(target, f"tensors {sorted(names)!s:.120}")
             arrays = {name: np.asarray(file.get_tensor(name)) for name in sorted(names)}
     except OSError as error:
@@ -153,7 +192,25 @@ def load_adapter(path: Path | str) -> Adapter:
         raise _foreign(target, "tensors that are not finite float32 values")
     tensors = {name: arrays[name] for name in spec.shapes}
     spec.flatten(tensors)
-    return Adapter(HeadTask(spec, arrays["text"], arrays["centre"], metadata.temperature), tensors, metadata)
+    head = AdapterSpec("linear", arrays["text"].shape[-1], len(metadata.classes))
+    zero_shot = HeadTask(head, arrays["text"], arrays["centre"], metadata.temperature)
+    task = zero_shot
+    if _LEARNED in arrays:
+        task = replace(zero_shot, text=arrays[_LEARNED])
+    elif not isinstance(spec, TowerSpec):
+        task = replace(zero_shot, spec=spec)
+    return Adapter(task, tensors, metadata, spec, zero_shot)
+
+
+def _spec(kind: str, metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, ...]]) -> AdapterSpec:
+    """The adapter that tensors of these shapes are of, as far as the file's own facts say."""
+    classes = len(metadata.classes)
+    if kind == "promptfl":
+        length = shapes["context"][0]
+        return prompt_spec(metadata.model, classes=classes, contexts="shared", length=length, at_template=True)
+    if kind == "lora":
+        return lora_spec(metadata.model, classes=classes, rank=shapes["0.c_fc.A"][0])
+    return AdapterSpec(kind, int(shapes["text"][1]), classes)  # type: ignore[arg-type]
 
 
 def _metadata(facts: Mapping[str, Any]) -> AdapterMetadata:

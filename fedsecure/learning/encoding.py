@@ -15,13 +15,14 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
     from fedsecure.vision.encoder import Encoder, Progress
+    from fedsecure.vision.pixels import PixelRows
 
 _CHUNK = 256
 
 
 def encode_dataset(
     dataset: Dataset,
-    encoder: Encoder,
+    encoder: Encoder | PixelRows,
     cache: FeatureCache | None,
     *,
     batch_size: int = 64,
@@ -34,7 +35,7 @@ def encode_dataset(
 
     Args:
         dataset: of images, n records.
-        encoder: frozen.
+        encoder: frozen; or what stands in its place.
         cache: or ``None`` to encode everything.
         batch_size: images encoded at once.
         progress: called with (done, n).
@@ -71,7 +72,7 @@ def encode_dataset(
     return np.stack([known[key] for key in keys])
 
 
-def _check_frozen(encoder: Encoder) -> None:
+def _check_frozen(encoder: Encoder | PixelRows) -> None:
     """Batch normalisation in training mode would mix the images of a batch, and remember them (privacy.md P9)."""
     module = getattr(encoder, "_model", None)
     training = [name or "the model" for name, part in module.named_modules() if part.training] if module else []

@@ -21,8 +21,11 @@ from fedsecure.learning.units import UnitFeatures, group_units
 if TYPE_CHECKING:
     from fedsecure.data.dataset import Dataset
     from fedsecure.vision.encoder import Encoder
+    from fedsecure.vision.pixels import PixelRows
 
 Progress = Callable[[int, int], None]
+# What a method's records are: frozen features, or preprocessed images where the tower itself is trained.
+Inputs = Literal["features", "pixels"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -36,6 +39,7 @@ class SiteFeatures:
         fingerprint: of the encoder, or of a feature file's classes, text and mean.
         preprocessing: facts for the adapter's metadata.
         encoder: None for precomputed features.
+        pixels: what makes a record's row in place of the encoder, for methods that train inside the visual tower.
     """
 
     text: Float32
@@ -44,6 +48,12 @@ class SiteFeatures:
     fingerprint: str
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     encoder: Encoder | None = None
+    pixels: PixelRows | None = None
+
+    @property
+    def width(self) -> int:
+        """Numbers in a record's row: d, or those of a preprocessed image."""
+        return self.dimension if self.pixels is None else self.pixels.dimension
 
 
 def load_site_features(
@@ -187,13 +197,13 @@ def load_units(
         from fedsecure.learning.encoding import encode_dataset
         from fedsecure.vision.cache import FeatureCache
 
-        kept = FeatureCache(cache) if cache is not None else None
-        values = encode_dataset(dataset, features.encoder, kept, progress=progress)
-    if values.ndim != 2 or values.shape[1] != features.dimension:
+        kept = FeatureCache(cache) if cache is not None and features.pixels is None else None
+        values = encode_dataset(dataset, features.pixels or features.encoder, kept, progress=progress)
+    if values.ndim != 2 or values.shape[1] != features.width:
         raise ModelError(
             "FS-1638",
             f"data set {dataset.name!r} has features of shape {values.shape}",
-            expected=f"(n, {features.dimension})",
+            expected=f"(n, {features.width})",
             cure="use features of the run's encoder",
         )
     owners = patients if unit == "patient" and patients is not None else dataset.record_ids

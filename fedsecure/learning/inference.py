@@ -7,17 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from fedsecure.config import DatasetConfig
-from fedsecure.data.dataset import Dataset
 from fedsecure.data.dataset import Features as FloatFeatures
 from fedsecure.data.images import read_image
 from fedsecure.data.loading import open_dataset, read_feature_header
 from fedsecure.errors import ModelError
+from fedsecure.learning.adapters import Vector
 from fedsecure.learning.artefact import Adapter, load_adapter
 from fedsecure.learning.encoding import encode_dataset
 from fedsecure.learning.evaluation import accuracy, balanced_accuracy, predict
+from fedsecure.learning.towers import TowerSpec
 from fedsecure.vision.encoder import Encoder, load_encoder
+from fedsecure.vision.pixels import PixelRows
 
 _BATCH = 64
 
@@ -43,12 +46,12 @@ def predict_images(
     """
     loaded = load_adapter(adapter)
     encoder = encoder_of(loaded, weights=weights, device=device)
+    eye = PixelRows(encoder) if loaded.of_pixels else encoder
     parts = [
-        encoder.encode_images([read_image(path) for path in images[start : start + _BATCH]])
+        eye.encode_images([read_image(path) for path in images[start : start + _BATCH]])
         for start in range(0, len(images), _BATCH)
     ]
-    features = np.concatenate(parts)
-    labels, probabilities = loaded.predict(features, fingerprint=encoder.fingerprint, device=device)
+    labels, probabilities = _classify(loaded, np.concatenate(parts), encoder, device=device)
     classes = loaded.metadata.classes
     return [
         {
@@ -79,11 +82,22 @@ def evaluate_dataset(
     classes = loaded.metadata.classes
     records = open_dataset(DatasetConfig(name=data.stem, path=data, split=split), classes=classes)
     records.index()
-    features = _features(loaded, records, data, weights=weights, device=device)
-    zero = loaded.task.spec.initial(seed=b"zero-shot")
+    if records.kind == "features":
+        loaded.check_encoder(read_feature_header(data).fingerprint)
+        rows = features = records.features()
+        encoder = None
+    else:
+        encoder = encoder_of(loaded, weights=weights, device=device)
+        rows = features = encode_dataset(records, encoder, None)
+        if loaded.of_pixels:
+            rows = encode_dataset(records, PixelRows(encoder), None)
+    bare = loaded.zero_shot
+    answers = {
+        "zero_shot": predict(bare, bare.spec.initial(seed=b"zero-shot"), features, device=device)[0],
+        "adapter": _classify(loaded, rows, encoder, device=device)[0],
+    }
     counts = {}
-    for name, tensors in (("zero_shot", zero), ("adapter", loaded.tensors)):
-        labels, _ = predict(loaded.task, tensors, features, device=device)
+    for name, labels in answers.items():
         totals = np.bincount(records.labels, minlength=len(classes)).astype(np.float64)
         hits = np.bincount(records.labels[labels == records.labels], minlength=len(classes)).astype(np.float64)
         counts[name] = (hits, totals)
@@ -97,12 +111,17 @@ def evaluate_dataset(
     return result
 
 
-def _features(adapter: Adapter, records: Dataset, data: Path, *, weights: Path | None, device: str) -> FloatFeatures:
-    """Raw features (n, d) of the records, refused where another encoder made them."""
-    if records.kind == "features":
-        adapter.check_encoder(read_feature_header(data).fingerprint)
-        return records.features()
-    return encode_dataset(records, encoder_of(adapter, weights=weights, device=device), None)
+def _classify(
+    adapter: Adapter, rows: FloatFeatures, encoder: Encoder | None, *, device: str
+) -> tuple[npt.NDArray[np.int64], Vector]:
+    """Labels (n,) and probabilities (n, K) of features, or of pixels where the adapter is inside the visual tower."""
+    if encoder is None or not adapter.of_pixels:
+        return adapter.predict(rows, fingerprint=adapter.metadata.fingerprint, device=device)
+    from fedsecure.learning.lora_module import lora_task
+
+    assert isinstance(adapter.spec, TowerSpec)
+    task = lora_task(encoder.network, spec=adapter.spec, head=adapter.zero_shot)
+    return predict(task, adapter.tensors, rows, device=device)
 
 
 def encoder_of(adapter: Adapter, *, weights: Path | None, device: str) -> Encoder:

@@ -6,6 +6,7 @@ it accepts silently (defects P9, P10, double wrapping); a unit with a non-finite
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,8 @@ RecordLoss = Callable[[Tensor, Tensor], Tensor]
 
 _COUPLED = (nn.modules.batchnorm._BatchNorm,)
 _PROBE_UNITS = 3
+# Filters of warnings are the process's, and the sites of a simulation are its threads.
+_FILTERS = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -132,7 +135,7 @@ def _backward(loss: Tensor) -> None:
 
 @contextmanager
 def _quiet_hooks() -> Iterator[None]:
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         # The first layer's inputs need no gradient; Opacus's hooks only read gradients of outputs.
         warnings.filterwarnings("ignore", message="Full backward hook is firing")
         yield
@@ -291,7 +294,7 @@ def check_norms(
 
 
 def _wrap(module: nn.Module) -> Any:
-    with warnings.catch_warnings():
+    with _FILTERS, warnings.catch_warnings():
         # Opacus imports raise deprecation warnings of their own dependencies.
         warnings.simplefilter("ignore")
         from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (

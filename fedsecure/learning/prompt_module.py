@@ -13,15 +13,16 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fedsecure.errors import ModelError
+from fedsecure.learning.adapters import Float32
 from fedsecure.learning.modules import centred_inputs
 from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.tower_task import TowerTask, load_exactly, record_loss
-from fedsecure.learning.towers import TowerSpec
+from fedsecure.learning.towers import TowerSpec, prompt_misfit
 from fedsecure.vision.prompts import class_prompts
 from fedsecure.vision.weights import Tokenizer
 
@@ -71,18 +72,12 @@ def make_prompts(
         prefix = tokenizer([before.strip()])
         words = int(prefix.argmax()) - 1
         if words < length or not bool((whole[:, : words + 1] == prefix[:, : words + 1]).all()):
-            raise _misfit(f"{words} words before the class name in {template!r}", f"at least {length}")
+            raise prompt_misfit(f"{words} words before the class name in {template!r}", f"at least {length}")
         return Prompts(whole, words - length + 1, length, True)
     if int(ends.max()) + length >= whole.shape[1]:
-        raise _misfit(f"a prompt of {int(ends.max()) + 1 + length} words", f"at most {whole.shape[1]}")
+        raise prompt_misfit(f"a prompt of {int(ends.max()) + 1 + length} words", f"at most {whole.shape[1]}")
     gap = torch.zeros(len(whole), length, dtype=whole.dtype)
     return Prompts(torch.cat([whole[:, :1], gap, whole[:, 1:-length]], dim=1), 1, length, False)
-
-
-def _misfit(found: str, expected: str) -> ModelError:
-    return ModelError(
-        "FS-1673", found, expected=f"{expected} for this text tower", cure="mend encoder.prompt or the class names"
-    )
 
 
 class PromptLearner(nn.Module):
@@ -100,7 +95,7 @@ class PromptLearner(nn.Module):
         self.head, self.first, self.length = head, prompts.first, prompts.length
         text = network
         if any(not hasattr(text, name) for name in _NEEDED) or getattr(text, "text_pool_type", None) != "argmax":
-            raise _misfit(f"text tower of {type(network).__name__}", "CLIP's own transformer")
+            raise prompt_misfit(f"text tower of {type(network).__name__}", "CLIP's own transformer")
         device = text.positional_embedding.device
         tokens = prompts.tokens.to(device)
         with torch.no_grad():
@@ -165,12 +160,18 @@ def prompt_task(network: Any, prompts: Prompts, *, spec: TowerSpec, head: HeadTa
         ModelError: FS-1672 in ``build`` for tensors that do not fit, FS-1673 for another kind of text tower.
     """
     build = partial(_build, network, prompts, spec, head)
-    return TowerTask(
-        shapes=spec.shapes, build=build, loss=record_loss, spec=spec, head=head, chunk=max(1, _PROMPTS // spec.classes)
-    )
+
+    def texts(parameters: Mapping[str, Any]) -> Float32:
+        with torch.no_grad():
+            return np.asarray(build(parameters).eval().texts(1)[0].float().cpu().numpy())
+
+    chunk = max(1, _PROMPTS // spec.classes)
+    return TowerTask(shapes=spec.shapes, build=build, loss=record_loss, spec=spec, head=head, chunk=chunk, texts=texts)
 
 
-def _build(network: Any, prompts: Prompts, spec: TowerSpec, head: HeadTask, parameters: Mapping[str, Any]) -> nn.Module:
+def _build(
+    network: Any, prompts: Prompts, spec: TowerSpec, head: HeadTask, parameters: Mapping[str, Any]
+) -> PromptLearner:
     with torch.random.fork_rng(devices=[]):
         module = PromptLearner(network, prompts, head=head, rows=spec.shapes["context"][0]).double()
     load_exactly([("context", weight) for weight in module.context.parameters()], dict(parameters))

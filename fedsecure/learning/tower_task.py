@@ -5,7 +5,7 @@ Images are compared with texts exactly as the adapters do (``task``): the same c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +28,12 @@ class TowerTask(ModuleTask):
     Attributes:
         spec: its tensors; ``dimension`` is the width of a record.
         head: zero-shot with the run's texts, public mean and temperature.
+        texts: parameters → the (K, d) unit texts that features are compared with, where only these change.
     """
 
     spec: TowerSpec
     head: HeadTask
+    texts: Callable[[Mapping[str, Any]], Float32] | None = None
 
     @property
     def text(self) -> Float32:

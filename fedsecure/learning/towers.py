@@ -169,3 +169,10 @@ def lora_spec(model: str, *, classes: int, rank: int) -> TowerSpec:
             layout += [(f"{block}.{name}.A", (rank, into)), (f"{block}.{name}.B", (out, rank))]
     spread = {name: shape[1] ** -0.5 for name, shape in layout if name.endswith(".A")}
     return TowerSpec(kind="lora", dimension=towers.pixels, classes=classes, layout=tuple(layout), spread=spread)
+
+
+def prompt_misfit(found: str, expected: str) -> ModelError:
+    """FS-1673: a prompt that the learned context, or the text tower, does not fit."""
+    return ModelError(
+        "FS-1673", found, expected=f"{expected} for this text tower", cure="mend encoder.prompt or the class names"
+    )

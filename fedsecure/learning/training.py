@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,9 @@ from fedsecure.learning.adapters import AdapterKind, Vector
 from fedsecure.learning.engines import EngineName, clipped_sum
 from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.learning.units import UnitFeatures
+
+if TYPE_CHECKING:
+    from fedsecure.learning.tower_task import TowerTask
 
 Privatise = Callable[[Vector, float], Vector]
 Sample = Callable[[int], npt.NDArray[np.bool_]]
@@ -30,7 +33,7 @@ _LARGEST_GRADIENT: Mapping[str, float] = {"linear": 0.7}
 
 
 def train_locally(
-    task: HeadTask,
+    task: HeadTask | TowerTask,
     start: Mapping[str, npt.NDArray[Any]],
     units: UnitFeatures,
     *,
@@ -104,7 +107,7 @@ def train_locally(
     return _shaped(task, current - origin)
 
 
-def _shaped(task: HeadTask, vector: Vector) -> dict[str, Vector]:
+def _shaped(task: HeadTask | TowerTask, vector: Vector) -> dict[str, Vector]:
     # float64 all along: AdapterSpec.unflatten would round every step to float32.
     tensors: dict[str, Vector] = {}
     at = 0

@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from fedsecure.config import RunSettings, SiteConfig, SiteEntry
 from fedsecure.errors import ConfigError, ProtocolError
 from fedsecure.identity.provision import Identity
-from fedsecure.learning.features import SiteFeatures, load_site_features
+from fedsecure.learning.features import SiteFeatures
 from fedsecure.methods.agenda import starting_state
 from fedsecure.methods.base import ServerState, TrainingMethod
 from fedsecure.methods.cohorts import check_roles, cohort_of
+from fedsecure.methods.constants import run_constants
 from fedsecure.methods.registry import load_training_method
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.privacy.plan import PrivacyPlan, paid_by
@@ -95,7 +96,7 @@ def accept_welcome(
         _check_budget(settings, plan, config=config, ledger=ledger, run=run)
     start = starting_state(settings)
     progress(Moment(f"joined {settings.name}"))
-    features = load_site_features(settings.encoder, settings.classes, file=config.encoder_file, device=config.device)
+    features = run_constants(settings, file=config.encoder_file, device=config.device, engine=config.engine)
     return Membership(config, identity, run, settings, entry, method, plan, start, features)
 
 
@@ -143,7 +144,7 @@ def _check_budget(settings: RunSettings, plan: PrivacyPlan, *, config: SiteConfi
         )
     # After a restart in the middle of a run, the rounds charged before are spent, not ahead.
     mine = {e.round for e in ledger.history(train.name, "train") if e.run == run.hex()}
-    ahead = paid_by(config.site, plan.round_events, settings) * max(0, settings.method.rounds - len(mine))
+    ahead = paid_by(config.site, plan.events_of(max(0, settings.method.rounds - len(mine))), settings)
     ledger.afford(
         dataset=train.name,
         population="train",
