@@ -308,7 +308,7 @@ class Door:
                         cure="report it to the method's author",
                     )
             elif used.read_private:
-                declared = sum(event.steps for event in charged)
+                declared = sum(event.steps for event in charged if policy.by_steps(event, self.settings))
                 if self.settings.privacy.noise != "local" or used.steps_taken != declared:
                     raise PrivacyError(
                         "FS-1245",

@@ -251,11 +251,19 @@ def calibrate(
     def holds(z: float) -> bool:
         return _composed_epsilon(((z, sampling_rate, steps, shared and sampling_rate < 1),), delta) <= target_epsilon
 
-    if sampling_rate == 1:
+    return least_multiplier(holds, full, exact=sampling_rate == 1)
+
+
+def least_multiplier(holds: Callable[[float], bool], full: float, *, exact: bool) -> float:
+    """The least noise multiplier that holds, from the one that does at full batch up to rounding.
+
+    ``exact``: full batch it is. Else within 1e-4 relative: sampling can only help, so the full-batch multiplier is
+    enough, up to the accountant's pessimism.
+    """
+    if exact:
         while not holds(full):
             full *= 1 + 1e-12
         return full
-    # Sampling can only help, so the full-batch multiplier is enough, up to the accountant's pessimism.
     high = full
     while not holds(high):
         high *= 1.1

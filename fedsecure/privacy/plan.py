@@ -19,6 +19,7 @@ from fedsecure.errors import ConfigError, PrivacyError
 from fedsecure.messages import Event
 from fedsecure.privacy import accounting
 
+TRAINING = "training"
 # Noise multiplier of a run without privacy: nothing next to any gradient, and still a number to charge and to add up.
 TOKEN_NOISE = 1e-3
 
@@ -40,6 +41,23 @@ class CohortNumbers(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class LastReleases:
+    """Releases about the training units beside the training steps, one in each of the last rounds.
+
+    Always of all units, with noise that the sites share: nothing is amplified.
+
+    Attributes:
+        purpose: for the ledger and the report.
+        rounds: how many of the last rounds have one, ≥ 1.
+        share: of the whole, in (0, 1): of 1/z² summed over everything, which is what μ² is at full batch.
+    """
+
+    purpose: str
+    rounds: int
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
 class PrivacyPlan:
     """The price and the promise of a run; all numbers are public.
 
@@ -58,6 +76,7 @@ class PrivacyPlan:
             of one unit, which the learning rate follows.
         signal_to_noise: greatest norm of a step's summed signal over the expected norm of its noise.
         parameters: p, trained parameters; units: declared training units by site; sampling_rates: q by site.
+        last_events: what each of the last ``last_rounds`` rounds charges beside.
     """
 
     round_events: tuple[Event, ...]
@@ -80,6 +99,18 @@ class PrivacyPlan:
     units: Mapping[str, int]
     sampling_rates: Mapping[str, float]
     colluders: int
+    last_events: tuple[Event, ...] = ()
+    last_rounds: int = 0
+
+    def events_at(self, step: int) -> tuple[Event, ...]:
+        """What one attempt of round ``step`` charges, counted from 0."""
+        return self.round_events + (self.last_events if step >= self.rounds - self.last_rounds else ())
+
+    def events_of(self, rounds: int) -> tuple[Event, ...]:
+        """What the last ``rounds`` rounds charge, or that many attempts, of which any may be one of the last rounds."""
+        return self.round_events * rounds + self.last_events * min(
+            rounds, self.last_rounds + max(0, rounds - self.rounds)
+        )
 
     def table(self) -> list[tuple[str, str]]:
         """Rows of label and value for printing."""
@@ -96,6 +127,10 @@ class PrivacyPlan:
             ("sampling", sampling),
             ("rounds × local steps", f"{self.rounds} × {self.local_steps}"),
             ("spare attempts", f"{self.attempts - self.rounds}"),
+            *[
+                (f"{e.purpose}, last {self.last_rounds} round(s)", f"noise multiplier {e.noise_multiplier:.4g}")
+                for e in self.last_events
+            ],
             ("ε if no attempt fails", f"{self.epsilon_expected:.3f}"),
             ("ε at most", f"{self.epsilon:.3f}"),
             (f"ε if more than {self.colluders} sites collude", f"{self.epsilon_beyond:.3f}"),
@@ -142,6 +177,7 @@ class Privacy(PrivacyConfig):
         cohort: CohortNumbers,
         local_steps: int = 1,
         sampling_rates: Mapping[str, float] | None = None,
+        last: LastReleases | None = None,
     ) -> PrivacyPlan:
         """Noise, price and predicted signal of a run; reads no data.
 
@@ -153,6 +189,7 @@ class Privacy(PrivacyConfig):
             local_steps: steps a site takes per round; 1 with distributed noise.
             sampling_rates: q of every training site; by default ``sampling_rate`` at each. All have the same noise
                 multiplier, enough for the site that is sampled most, and each pays for its own rate.
+            last: further releases in the last rounds, within the same target.
 
         Raises:
             PrivacyError: FS-1203 δ is not below 1 over a site's units; FS-1204 the signal would drown in the
@@ -175,10 +212,11 @@ class Privacy(PrivacyConfig):
         attempts = rounds + self.spare_attempts
         distributed = self.noise == "distributed"
         rates = dict.fromkeys(units, self.sampling_rate) if sampling_rates is None else dict(sampling_rates)
-        z = self._multiplier(set(rates.values()), steps=attempts * local_steps)
+        further = (last.rounds if last else 0, (last.rounds + self.spare_attempts) if last else 0)
+        z, beside = self._multipliers(rates.values(), steps=attempts * local_steps, last=last, cohort=cohort)
         one = Event(
             population="train",
-            purpose="training",
+            purpose=TRAINING,
             noise_multiplier=z,
             local_noise_multiplier=z / math.sqrt(cohort.honest) if distributed else z,
             sampling_rate=max(rates.values()),
@@ -198,10 +236,15 @@ class Privacy(PrivacyConfig):
             rounds=rounds,
             local_steps=local_steps,
             attempts=attempts,
-            epsilon=max(accounting.epsilon((e,) * attempts, delta=self.delta) for e in each),
-            epsilon_expected=max(accounting.epsilon((e,) * rounds, delta=self.delta) for e in each),
-            epsilon_beyond=max(accounting.epsilon((e,) * attempts, delta=self.delta, adversary="beyond") for e in each),
-            mu=accounting.mu(each * attempts) if len(each) == 1 else None,
+            epsilon=max(accounting.epsilon((e,) * attempts + beside * further[1], delta=self.delta) for e in each),
+            epsilon_expected=max(
+                accounting.epsilon((e,) * rounds + beside * further[0], delta=self.delta) for e in each
+            ),
+            epsilon_beyond=max(
+                accounting.epsilon((e,) * attempts + beside * further[1], delta=self.delta, adversary="beyond")
+                for e in each
+            ),
+            mu=accounting.mu([*each * attempts, *beside * further[1]]) if len(each) == 1 else None,
             sum_noise_multiplier=sum_noise,
             sum_mu=sampled / sum(units.values()) * math.sqrt(rounds * local_steps) / sum_noise,
             signal_to_noise=signal,
@@ -209,6 +252,8 @@ class Privacy(PrivacyConfig):
             units=dict(units),
             sampling_rates=rates,
             colluders=cohort.colluders,
+            last_events=beside,
+            last_rounds=further[0],
         )
         if signal < self.minimum_signal_to_noise:
             smallest = min(units, key=lambda site: units[site])
@@ -236,6 +281,37 @@ class Privacy(PrivacyConfig):
             for rate in rates
         )
 
+    def _multipliers(
+        self, rates: Iterable[float], *, steps: int, last: LastReleases | None, cohort: CohortNumbers
+    ) -> tuple[float, tuple[Event, ...]]:
+        """z of the training steps, and the event of a further release, so that all keep to the target."""
+        if last is None:
+            return self._multiplier(rates, steps=steps), ()
+        every = last.rounds + self.spare_attempts
+
+        def release(multiplier: float) -> tuple[Event, ...]:
+            own = multiplier / math.sqrt(cohort.honest)
+            return (Event("train", last.purpose, multiplier, own),)
+
+        if self.no_privacy:
+            return TOKEN_NOISE, release(TOKEN_NOISE)
+        if self.noise_multiplier != "auto":
+            z = float(self.noise_multiplier)
+            return z, release(z * math.sqrt(every / steps * (1 - last.share) / last.share))
+        mu = accounting.mu_for_epsilon(self.target_epsilon, self.delta)
+        beside = release(math.sqrt(every / last.share) / mu)
+        shared = self.noise == "distributed"
+        found = []
+        for rate in set(rates):
+
+            def holds(z: float, rate: float = rate) -> bool:
+                own = z / math.sqrt(cohort.honest) if shared else z
+                step = Event("train", TRAINING, z, own, rate, steps)
+                return accounting.epsilon((step, *beside * every), delta=self.delta) <= self.target_epsilon
+
+            found.append(accounting.least_multiplier(holds, math.sqrt(steps / (1 - last.share)) / mu, exact=rate == 1))
+        return max(found), beside
+
 
 def paid_by(site: str, events: Iterable[Event], settings: RunSettings) -> tuple[Event, ...]:
     """What some of a run's events cost one site: a training event at the run's largest rate, at this site's own.
@@ -246,7 +322,7 @@ def paid_by(site: str, events: Iterable[Event], settings: RunSettings) -> tuple[
     largest = max(rates.values())
     return tuple(
         replace(event, sampling_rate=rates.get(site, event.sampling_rate))
-        if event.population == "train" and event.sampling_rate == largest
+        if event.population == "train" and event.purpose == TRAINING and event.sampling_rate == largest
         else event
         for event in events
     )

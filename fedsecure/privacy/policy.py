@@ -89,7 +89,7 @@ def _check_limits(query: Query, settings: RunSettings, policy: PolicyConfig) -> 
 
 def _check_price(query: Query, settings: RunSettings, noised: list[Segment]) -> None:
     """The door's noise is worth at least what its events claim, for each population that may be in the segments."""
-    paying = [event for event in query.events if not _by_steps(event, settings)]
+    paying = [event for event in query.events if not by_steps(event, settings)]
     if not paying:
         raise _inconsistent("segments with noise, and no event that pays for them")
     # What one unit can do to all noised segments together, in units of this site's own noise.
@@ -129,7 +129,7 @@ def _check_room(segment: Segment, settings: RunSettings, population: Population,
 
 def _check_bare(query: Query, settings: RunSettings) -> None:
     """Segments the door adds no noise to: privatised step by step at the site, or counts of public sets."""
-    if any(_by_steps(event, settings) for event in query.events):
+    if any(by_steps(event, settings) for event in query.events):
         return
     public = any(entry.evaluation_public for entry in settings.sites.values())
     if public and all(event.population == "evaluation" for event in query.events):
@@ -142,7 +142,7 @@ def _check_bare(query: Query, settings: RunSettings) -> None:
     )
 
 
-def _by_steps(event: Event, settings: RunSettings) -> bool:
+def by_steps(event: Event, settings: RunSettings) -> bool:
     """Whether the training engine draws this event's noise, a whole share at each local step."""
     return (
         event.population == "train"

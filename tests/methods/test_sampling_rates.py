@@ -102,12 +102,15 @@ def test_the_sum_is_divided_by_the_units_that_are_expected_in_it(tmp_path: Path)
 
 def test_only_an_event_at_the_runs_largest_rate_is_made_cheaper(tmp_path: Path) -> None:
     settings = world_of(tmp_path, {"site-1": 0.2, "site-2": 0.5, "site-3": 0.5}).settings
-    half, full = Event("train", "", 2.0, 1.0, 0.5), Event("train", "", 2.0, 1.0, 1.0)
+    half, full = Event("train", "training", 2.0, 1.0, 0.5), Event("train", "training", 2.0, 1.0, 1.0)
     counts = Event("evaluation", "", 2.0, 2.0, 0.5)
     (found,) = paid_by("site-1", [half], settings)
     assert found.sampling_rate == 0.2
     # A method that says it takes everybody pays for everybody.
     assert paid_by("site-1", [full, counts], settings) == (full, counts)
+    # So does one that releases something else beside its training, be the rates equal or not.
+    beside = Event("train", "class gradients", 2.0, 1.0, 0.5)
+    assert paid_by("site-1", [beside], settings) == (beside,)
 
 
 def test_rates_that_cannot_be_are_refused(tmp_path: Path) -> None:
