@@ -108,8 +108,8 @@ def adapter_epsilon(member: Membership, outcome: Mapping[str, Any]) -> float:
     paid = sum(attempt["stage"] == "training" for attempt in outcome.get("attempts", ()))
     settings = member.settings
     rounds = max(settings.method.rounds, paid)
-    prices = {paid_by(site, member.plan.round_events, settings) for site in settings.declared_units()}
-    return max(epsilon(price * rounds, delta=settings.privacy.delta) for price in prices)
+    prices = {paid_by(site, member.plan.events_of(rounds), settings) for site in settings.declared_units()}
+    return max(epsilon(price, delta=settings.privacy.delta) for price in prices)
 
 
 def signed_report(
