@@ -31,6 +31,13 @@ class Reader:
         self.position += length
         return self.raw[self.position - length : self.position]
 
+    def number(self, most: int) -> int:
+        """A non-negative integer of at most ``most`` bytes."""
+        raw = self.bytes()
+        if len(raw) > most:
+            raise ValueError("too large a number")
+        return int.from_bytes(raw, "big")
+
     def count(self, most: int) -> int:
         """A u32 of at most ``most``."""
         (value,) = self.numbers(">I")

@@ -28,6 +28,7 @@ COMPLETE, HARARY = "complete", "harary"
 MAX_LENGTH = 1 << 34  # words under one mask key: 2^36 bytes
 MAX_SEGMENTS = 4096
 MAX_BYTES = 1 << 21
+MAX_VARIANCE_BYTES = 1024  # each of numerator and denominator: to reduce a fraction takes time in their square
 _GRAPHS = {COMPLETE: 1, HARARY: 2}
 
 
@@ -118,6 +119,9 @@ class RoundDescriptor:
             return "a segment name that UTF-8 cannot hold"
         if any(s.bound >= 1 << 64 or s.clamp >= 1 << 64 for s in self.segments):
             return "a bound or clamp beyond 64 bits"
+        variances = [number for s in self.segments for number in s.noise_variance.as_integer_ratio()]
+        if any(number.bit_length() > 8 * MAX_VARIANCE_BYTES for number in variances):
+            return f"a noise variance beyond {MAX_VARIANCE_BYTES} bytes"
         if (self.graph == HARARY) != (self.neighbours > 0):
             return f"graph {self.graph!r} with {self.neighbours} neighbours"
         if len(self.epoch) not in (0, 32) or not 0 <= self.slot < 1 << 32 or (self.slot and not self.epoch):
@@ -314,7 +318,7 @@ def _read_segment(reader: Reader) -> Segment:
     name = reader.bytes().decode()
     length, grid, bound, clamp = reader.numbers(">QdQQ")
     seed = reader.bytes()
-    numerator, denominator = (int.from_bytes(reader.bytes(), "big") for _ in range(2))
+    numerator, denominator = (reader.number(MAX_VARIANCE_BYTES) for _ in range(2))
     if denominator == 0:
         raise ValueError("variance with denominator 0")
     variance = Fraction(numerator, denominator)

@@ -20,6 +20,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, algorithms, modes
 
 SECURITY_LOG2 = -40.0
 CORRECTNESS_LOG2 = -20.0
+MAX_NEIGHBOURS = 1024  # of 10 000 sites, a third of them corrupt, 126 are enough; the bounds take time in their number
 _PREFIX = b"fedsecure/secagg/v1/graph\0"
 
 
@@ -111,7 +112,7 @@ def correctness_log2(sites: int, neighbours: int, *, threshold: int, missing: in
 
 @lru_cache(maxsize=256)
 def search(sites: int, *, colluders: int, missing: int) -> tuple[int, int]:
-    """Least even k, and for it the least t, that keep both bounds (Bell et al., CCS 2020, theorem 3.10).
+    """Least even k ≤ 1024, and for it the least t, that keep both bounds (Bell et al., CCS 2020, theorem 3.10).
 
     Args:
         sites: n.
@@ -121,7 +122,7 @@ def search(sites: int, *, colluders: int, missing: int) -> tuple[int, int]:
     Raises:
         ValueError: no graph keeps them; too many sites are corrupt or missing.
     """
-    for k in range(2, sites, 2):
+    for k in range(2, min(sites, MAX_NEIGHBOURS + 1), 2):
         # Both bounds are monotone in t: the first t that is secure is the best one for correctness.
         if correctness_log2(sites, k, threshold=1, missing=missing) > CORRECTNESS_LOG2:
             continue

@@ -95,12 +95,14 @@ class Thresholds:
                 expected=f"{MAX_SITES + 1} to {MAX_GRAPH_SITES} sites",
                 cure="change the number of sites in the round",
             )
-        fit = self.mode is Mode.HBC and k % 2 == 0 and 1 <= t <= k < n and 1 <= c < n and c + 2 <= u <= n
+        fit = self.mode is Mode.HBC and k % 2 == 0 and 1 <= t <= k <= min(n - 1, graph.MAX_NEIGHBOURS)
+        fit = fit and 1 <= c < n and c + 2 <= u <= n
         if not fit or graph.security_log2(n, k, threshold=t, colluders=c, missing=n - u) > graph.SECURITY_LOG2:
             raise ProtocolError(
                 "FS-1301",
                 f"n={n}, c={c}, k={k}, t={t}, u_min={u} in mode {self.mode.name}",
-                expected="mode HBC, even k, t <= k, u_min >= c+2, and a site's secrets open with at most 2^-40",
+                expected=f"mode HBC, even k <= {graph.MAX_NEIGHBOURS}, t <= k, u_min >= c+2, and a site's secrets "
+                "open with at most 2^-40",
                 cure="raise k and t, or lower colluders",
             )
 

@@ -15,7 +15,15 @@ from secagg_world import BASE, CONFIG, Run, client_message, edit, federation, ma
 
 from fedsecure.errors import ProtocolError, RoundAborted
 from fedsecure.secagg.descriptor import HARARY, RoundDescriptor
-from fedsecure.secagg.graph import Graph, correctness_log2, ring_seed, search, security_log2, tail_log2
+from fedsecure.secagg.graph import (
+    MAX_NEIGHBOURS,
+    Graph,
+    correctness_log2,
+    ring_seed,
+    search,
+    security_log2,
+    tail_log2,
+)
 from fedsecure.secagg.policy import RoundPolicy, check
 from fedsecure.secagg.server import Phase
 from fedsecure.secagg.thresholds import Mode, Thresholds
@@ -55,6 +63,16 @@ def test_the_search_finds_the_least(sites: int, corrupt: float, missing: float) 
     assert correctness_log2(sites, k, threshold=t, missing=gone) <= -20
     if t > 1:
         assert security_log2(sites, k, threshold=t - 1, colluders=c, missing=gone) > -40
+
+
+def test_a_degree_too_large_to_be_reckoned_with_is_refused() -> None:
+    """The bounds add up a term for each neighbour, with numbers of thousands of digits: a hostile context must not ask
+    for half a minute of them."""
+    n, c, most = 10_000, 1000, MAX_NEIGHBOURS
+    assert Thresholds(n, c, 600, 9000, Mode.HBC, most).neighbours == most
+    with pytest.raises(ProtocolError, match=f"FS-1301.*even k <= {most}"):
+        Thresholds(n, c, 600, 9000, Mode.HBC, most + 2)
+    assert search(n, colluders=n // 3, missing=n // 10) == (126, 88)
 
 
 def test_too_many_corrupt_sites_have_no_graph() -> None:

@@ -12,6 +12,7 @@ from secagg_world import BASE, CONFIG, federation, make_descriptor, make_query
 
 from fedsecure.errors import PrivacyError, ProtocolError
 from fedsecure.messages import Event, Segment
+from fedsecure.secagg.canonical import pack_number
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.policy import RoundPolicy, check, wrap_log2
 from fedsecure.secagg.thresholds import Mode, Thresholds, minimum_threshold
@@ -137,6 +138,8 @@ def test_what_is_not_supported_yet_is_refused(change: dict[str, object]) -> None
         {"segments": ()},
         {"segments": (Segment("x", 1, 1.0, 1, 1), Segment("x", 1, 1.0, 1, 1))},
         {"segments": (Segment("x", 1, 1.0, 1, 1 << 64),)},
+        {"segments": (Segment("x", 1, 1.0, 1, 1, Fraction(1 << 8192)),)},
+        {"segments": (Segment("x", 1, 1.0, 1, 1, Fraction(1, 1 << 8192)),)},
         {"epoch": bytes(31)},
         {"slot": 1},
         {"neighbours": 2},
@@ -176,6 +179,19 @@ def test_damaged_bytes_never_parse_to_the_same_round(cut: int, flip: int) -> Non
 def test_oversize_bytes_are_refused_before_they_are_read() -> None:
     with pytest.raises(ProtocolError, match="FS-1311"):
         RoundDescriptor.parse(bytes(1 << 22))
+
+
+def test_numbers_are_bounded_before_they_are_reckoned_with() -> None:
+    """To reduce a fraction of two numbers of a megabyte each would hold a site up for minutes."""
+    allowed = (1 << 8192) - 1
+    segment = Segment("x", 1, 1.0, 1, 1, Fraction(allowed, 2**8191))
+    base = replace(make_descriptor(3), segments=(segment,))
+    raw = base.canonical()
+    assert RoundDescriptor.parse(raw) == base
+    numerator = pack_number(allowed)
+    assert raw.count(numerator) == 1
+    with pytest.raises(ProtocolError, match="FS-1311"):
+        RoundDescriptor.parse(raw.replace(numerator, pack_number(allowed << 1)))
 
 
 def forged(**changes: object) -> RoundDescriptor:
