@@ -189,14 +189,21 @@ def test_a_floor_out_of_range_is_one_clear_error(key: str, value: object, tmp_pa
 def test_a_site_refuses_a_run_below_its_floors_before_anything_is_charged(
     tmp_path: Path, key: str, code: str, prepared: int
 ) -> None:
-    world = World(tmp_path, rounds=1, waits={"prepared_rounds": prepared, "start_seconds": 0.5})
+    world = World(tmp_path, rounds=1, waits={"prepared_rounds": prepared})
     raw = world.settings.model_dump()
     raw["evaluation"] = {"when": ()}
     world.settings = RunSettings.model_validate(raw)
     world.start()
     policy = world.site_config("site-1").policy.model_copy(update={key: 4})
-    first = world.take_part("site-1", changes={"policy": policy})
-    world.run(first, *(world.take_part(name) for name in world.names[1:]))
+    takes_part = world.take_part("site-1", changes={"policy": policy})
+
+    def refuses() -> None:
+        try:
+            takes_part()
+        finally:
+            world.hurry()  # the others cannot do without it
+
+    world.run(refuses, *(world.take_part(name) for name in world.names[1:]))
     assert [error.code for error in world.errors.values() if isinstance(error, ProtocolError)] == [code]
     with Ledger(tmp_path / "site-1" / "ledger.db") as ledger:
         assert not ledger.history()
