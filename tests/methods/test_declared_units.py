@@ -21,7 +21,7 @@ from fedsecure.privacy.ledger import Ledger
 
 
 def world_of(folder: Path, *, unit: str = "record", **entry: Any) -> World:
-    waits = {"start_seconds": 0.5, "max_attempts": 1, "prepared_rounds": 0}
+    waits = {"max_attempts": 1, "prepared_rounds": 0}
     world = World(folder, rounds=1, public_evaluation=entry.get("evaluation_public", True), waits=waits)
     raw = world.settings.model_dump()
     raw["sites"]["site-1"] |= entry
