@@ -7,13 +7,16 @@ was after; a check that holds raises out of it.
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 
 import numpy as np
+import pytest
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from epoch_world import EpochWorld, SlotRun
 from hostile_aggregator import HostileAggregator, Shares, forge, forged_roster, signatures, survivor_list
 from secagg_world import BASE, CONFIG, client_message, edit, federation, make_query, make_vectors
 
+from fedsecure.errors import ProtocolError
 from fedsecure.identity import keys as identity_keys
 from fedsecure.secagg import keys, prg, recovery, shamir, transcript
 from fedsecure.secagg.client import SecAggClient
@@ -186,6 +189,46 @@ class HostileEpochs:
         shares[5] = [shamir.share(self.key.private_bytes_raw(), 4, points=(1, 2, 3, 4)), {}]
         won = self.peel(uploads[self.target][1], descriptor.ctx, within=[1], shares=shares)
         return won, make_vectors(descriptor, 0)[self.target]
+
+    def model_inconsistency(self) -> Won:
+        """Keys are there before any model is: the others use the same slot for a model of zero gradients."""
+        world = self.world.set_up()
+        true = world.round(0)
+        dead = replace(true, model_hash=bytes(32))
+        begun = self.begin(true, self.sites[:1]) | self.begin(dead, self.sites[1:])
+        others = {site: begun[site] for site in self.sites[1:]}
+        shown = self.agreed(others, [1, 2, 3, 4, 5])
+        given = {i: client_message(begun[self.sites[i - 1]][0].unmask(shown)).unmask for i in (2, 3, 4, 5)}
+        total, own = np.zeros(true.length, dtype="<u4"), []
+        for i, site in enumerate(self.sites, 1):
+            total += begun[site][1]
+            seed = shamir.reconstruct(HostileAggregator.gather(given, i)[0]) or b""
+            own.append(keys.self_mask_key(seed, ctx=begun[site][0].ctx, index=i))
+        prg.add_masks(total, [], own)
+        vectors = make_vectors(true, 0)
+        for site in others:
+            total -= vectors[site]  # zero, in truth
+        return total, vectors[self.target]
+
+    def late_upload(self) -> Won:
+        """On a slot: declared gone, the victim's mask key is opened by the rules, and then its vector comes."""
+        world = self.world.set_up()
+        held, public = self.held(), self.public()
+        run = SlotRun(world, world.round(0))
+        masked = run.clients[self.target].mask(run.vectors[self.target])
+        run.live.remove(self.target)
+        run.masked().survivors().unmask()
+        given = {i: client_message(run.sent["unmask", site]).unmask for i, site in enumerate(self.sites[1:], 2)}
+        mask_keys, seeds = self.gathered(given, held, 1)
+        assert len(seeds) == 1, "the colluder's own"
+        with pytest.raises(ProtocolError, match="FS-1325"):
+            run.server.receive_masked(self.target, masked.header, masked.payload)
+        t, ctx = world.descriptor.threshold, run.descriptor.ctx
+        private = X25519PrivateKey.from_private_bytes(shamir.reconstruct(dict(list(mask_keys.items())[:t])) or b"")
+        pair = [keys.pair_mask_key(private, public.mask_keys[j], ctx=ctx, own=1, peer=j) for j in range(2, N + 1)]
+        x = np.frombuffer(masked.payload, dtype="<u4").copy()
+        prg.add_masks(x, [], [keys.self_mask_key(bytes(32), ctx=ctx, index=1), *pair])
+        return x, run.vectors[self.target]
 
     def key_substitution(self) -> Won:
         """The attacker sets the epoch up with the victim alone, and plays all others."""

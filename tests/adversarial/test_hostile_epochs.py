@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,8 +13,8 @@ from secagg_world import federation
 from switches import forgetful, stolen, trusting
 
 from fedsecure.errors import ProtocolError
+from fedsecure.secagg import keys, transcript
 from fedsecure.secagg import latch as latch_module
-from fedsecure.secagg import transcript
 from fedsecure.secagg.client import SecAggClient, State
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.epoch import EpochClient
@@ -73,6 +74,21 @@ def test_threshold_lowered_after_the_set_up(monkeypatch: Patch) -> None:
         HostileEpochs().lowered_threshold()
     unfitting(monkeypatch)
     assert stolen(HostileEpochs().lowered_threshold())
+
+
+def test_another_model_on_the_same_slot(monkeypatch: Patch) -> None:
+    """No key depends on the model before the round: its context alone keeps the masks from cancelling."""
+    assert not stolen(HostileEpochs().model_inconsistency())
+    without_model = property(lambda self: hashlib.sha256(bytes(self.run_id) + bytes([self.round])).digest())
+    monkeypatch.setattr(RoundDescriptor, "ctx", without_model)
+    assert stolen(HostileEpochs().model_inconsistency())
+
+
+def test_late_uploads_on_a_slot(monkeypatch: Patch) -> None:
+    assert not stolen(HostileEpochs().late_upload())
+    # Single masking, as in the protocols that this attack broke.
+    monkeypatch.setattr(keys, "self_mask_key", lambda *_, **__: bytes(32))
+    assert stolen(HostileEpochs().late_upload())
 
 
 def test_key_substitution_at_the_set_up(monkeypatch: Patch) -> None:
