@@ -8,6 +8,9 @@ from typing import Protocol
 
 from fedsecure.wire import federation_pb2 as pb
 
+# Seconds for which a site waits for news before it asks again.
+_PATIENCE = 1.0
+
 
 class Core(Protocol):
     """The coordinator's calls, as the transport needs them."""
@@ -51,15 +54,19 @@ class MemoryTransport:
         return reply
 
     def next(self, request: pb.NextRequest) -> pb.Directive:
+        until = time.monotonic() + _PATIENCE
         with self._gate:
-            for _ in range(20):
-                self._wake()
+            self._wake()
+            while True:
                 found = self._core.poll(self._site, request.session, request.after, time.monotonic())
                 if found is not None:
                     self._down += found.ByteSize()
                     return found
+                if time.monotonic() >= until:
+                    return pb.Directive(wait=pb.Wait(reason=self._core.reason(time.monotonic())))
                 self._gate.wait(timeout=0.05)
-            return pb.Directive(wait=pb.Wait(reason=self._core.reason(time.monotonic())))
+                # Nobody is woken here: two sites that wait would wake each other without end.
+                self._core.tick(time.monotonic())
 
     def send(self, message: pb.PhaseMessage) -> None:
         with self._gate:
