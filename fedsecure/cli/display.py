@@ -73,7 +73,7 @@ def _lines(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Aligned columns, each row one line however long its last cell is."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header) - 1)] + [0]
     for row in (header, *rows):
-        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
+        line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
         _say(line, style="bold" if row is header else "")
 
 
@@ -245,7 +245,7 @@ def show_budget(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
         _say("nothing has been charged")
         return
     table = _table(
-        f"Privacy budgets at δ = {delta:g}", "data set", "used for", "spent ε", "limit", "left ε", "releases", "left"
+        f"Privacy budgets at δ = {delta:g}", "data set", "units", "spent ε", "limit ε", "left ε", "charges", "fit more"
     )
     table.columns[0].min_width = 12
     for row in rows:
@@ -264,35 +264,37 @@ def show_budget(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
             style="red" if left == 0 else None,
         )
     out.print(table)
-    _say("releases left: how many more like the last one fit the limit", style="dim")
+    _say("fit more: how many more charges like the last one keep within the limit", style="dim")
     if any(row["limit_epsilon"] is None for row in rows):
         _say("no limit in the ledger: the policy in site.toml decides (--max-epsilon reckons with it)", style="dim")
 
 
 def show_history(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
-    """One line a charge or limit, oldest first; the end of a charge stands in its line."""
+    """Under each data set and population one line a charge or limit, oldest first; a charge's end is in its line."""
     shown = [row for row in rows if row["state"] in ("RESERVED", "LIMIT")]
     if not shown:
         _say("nothing has been charged")
         return
     ends = {row["reservation"]: row["reason"] for row in rows if row["state"] == "VOID"}
-    _lines(
-        ("when (UTC)", "run", "round", "attempt", "state", "used for", f"   ε at {delta:g}", "data set", "remark"),
-        [
+    header = ("when (UTC)", "run", "round", "attempt", "state", "ε alone", "remark")
+    for name, population in dict.fromkeys((row["dataset"], row["population"]) for row in shown):
+        _say(f"{name}, {population} units", style="bold")
+        lines = [
             (
                 row["utc"][:19].replace("T", " "),
                 row["run"][:8] or "–",
                 f"{row['round']:5}" if row["run"] else "    –",
                 f"{row['attempt']:7}" if row["run"] else "      –",
                 row["final"].lower(),
-                row["population"],
-                f"{_epsilon(row['epsilon']):>10}",
-                row["dataset"],
+                f"{_epsilon(row['epsilon']):>7}",
                 _remark(row, ends.get(row["reservation"], "")),
             )
             for row in shown
-        ],
-    )
+            if (row["dataset"], row["population"]) == (name, population)
+        ]
+        _lines(header, lines)
+        _say("")
+    _say(f"ε alone: of that charge by itself, at δ = {delta:g}; together they come to less than their sum", style="dim")
 
 
 def _remark(row: Mapping[str, Any], why_void: str) -> str:
@@ -302,12 +304,54 @@ def _remark(row: Mapping[str, Any], why_void: str) -> str:
     return "; ".join(text for text in said if text)
 
 
+def show_limit(row: Mapping[str, Any]) -> None:
+    """A limit just recorded, beside what is spent; and whether any charge knows its name."""
+    limit, before = f"ε = {row['limit_epsilon']:g} at δ = {row['limit_delta']:g}", row["before"]
+    _say(f"{row['dataset']}, {row['population']} units: at most {limit}" + (f"; before: {before:g}" if before else ""))
+    _say(f"spent ε {_epsilon(row['epsilon'])}, left {_epsilon(row['remaining'])}")
+    if not row["releases"]:
+        _say(
+            "nothing has been charged under this name yet: compare it with `name` in site.toml, or with "
+            "`fedsecure budget show`", style="yellow",
+        )  # fmt: skip
+
+
+def show_chain(found: Mapping[str, Any]) -> None:
+    """That a ledger's chain holds, and the head to note."""
+    held = f", and row {found['checked_against'].partition(':')[0]} is as noted" if found["checked_against"] else ""
+    _say(f"{found['rows']} rows, unbroken{held}")
+    _say(f"head {found['head']}")
+    _say("note the head elsewhere: with --head this command finds a ledger that was set back since", style="dim")
+
+
+_LAYERS = {
+    "A": "A, replay: sums with and without one unit; the noise and the sampler by themselves",
+    "B": "B, canaries: planted units against what the accountant believes",
+}
+
+
 def show_audit(result: AuditResult) -> None:
-    """Facts, every test with its limit, and the verdict."""
+    """Facts, the tests of each layer with their limits, the attack's figures, and the verdict."""
     out.print(_facts("Audit", [(label, str(value)) for label, value in result.facts.items()]))
-    table = Table("layer", "test", "found", "limit", "", box=box.SIMPLE_HEAD, pad_edge=False)
-    for row in result.table():
-        table.add_row(*row, style="bold red" if row[-1] == "FAIL" else None)
-    out.print(table)
+    rows = result.table()
+    for layer, title in _LAYERS.items():
+        out.print()
+        table = _table(title, "test", "found", "limit", "")
+        for _, name, found, limit, verdict in (row for row in rows if row[0] == layer):
+            table.add_row(name, found, limit, verdict, style="bold red" if verdict == "FAIL" else None)
+        out.print(table)
+    if result.memberships:
+        table = _table("C, membership: an attack's figures, and no test", "trained", "AUC", "found at 1 %", "at 0.1 %")
+        for attack in result.memberships:
+            table.add_row(attack.subject, f"{attack.auc:.3f}", _percent(attack.tpr_at_1), _percent(attack.tpr_at_01))
+        out.print(table)
+        _say("AUC 0.5 is guessing; found: of the members, where so many of the others are accused", style="dim")
+    else:
+        _say("C, membership: left out (--no-membership, or no time within --seconds)", style="dim")
     verdict = "not refuted" if result.passed else "REFUTED by " + ", ".join(result.failures)
-    out.print(f"proven ε = {result.epsilon:g} at δ = {result.delta:g}: {verdict}", highlight=False)
+    _say("")
+    _say(
+        f"proven ε = {result.epsilon:g} at δ = {result.delta:g}: {verdict}",
+        style="bold" if result.passed else "bold red",
+    )
+    _say("an audit can refute a claim and never prove it", style="dim")

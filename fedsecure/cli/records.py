@@ -147,10 +147,11 @@ def budget_set(
     population: Annotated[Literal["train", "evaluation"], typer.Option(help="Whose units.")] = "train",
 ) -> None:
     """Record an officer's limit; the smaller of it and the site's policy decides."""
+    from fedsecure.cli.display import show_limit
     from fedsecure.privacy.budget import set_limit
 
-    set_limit(ledger, dataset, population=population, epsilon=epsilon, delta=delta, reason=reason)
-    typer.echo(f"{population} units of {dataset}: at most ε = {epsilon:g} at δ = {delta:g}")
+    row = set_limit(ledger, dataset, population=population, epsilon=epsilon, delta=delta, reason=reason)
+    show_limit(row)
 
 
 @budget.command("verify")
@@ -161,14 +162,14 @@ def budget_verify(
     as_json: Json = False,
 ) -> None:
     """Check the ledger's chain, and that it is no older copy."""
-    from fedsecure.cli.display import print_json
+    from fedsecure.cli.display import print_json, show_chain
     from fedsecure.privacy.budget import verify
 
     found = verify(ledger, head=head, renew=renew)
     if as_json:
         print_json(found)
     else:
-        typer.echo(f"{found['rows']} rows, unbroken; head {found['head']}")
+        show_chain(found)
 
 
 @transcript.command("verify")

@@ -50,13 +50,46 @@ def test_history_has_a_line_for_each_charge_and_limit(command: Command, ledger: 
     agreed = ("--epsilon", "1.5", "--reason", "agreed with the board")
     command("budget", "set", "chest x-rays 2026", "--ledger", ledger, *agreed)
     lines = command("budget", "history", "--ledger", ledger).out.splitlines()
-    assert len(lines) == 1 + 4
-    assert "the line was down" in lines[3]
-    assert "at most ε = 1.5 at δ = 1e-05; agreed with the board" in lines[4]
+    assert lines[0] == "chest x-rays 2026, train units"
+    assert lines[1].split() == ["when", "(UTC)", "run", "round", "attempt", "state", "ε", "alone", "remark"]
+    assert len(lines) == 2 + 4 + 2
+    assert "the line was down" in lines[4]
+    assert "at most ε = 1.5 at δ = 1e-05; agreed with the board" in lines[5]
+    # Without remarks a line fits the narrowest terminal.
+    assert all(len(line) < 80 for line in lines[:4])
     entries = json.loads(command("budget", "history", "--ledger", ledger, "--json").out)["entries"]
     assert [entry["state"] for entry in entries] == ["RESERVED", "RESERVED", "RESERVED", "VOID", "LIMIT"]
     other = command("budget", "history", "--ledger", ledger, "--dataset", "nothing")
     assert other.out.strip() == "nothing has been charged"
+
+
+def test_a_limit_is_told_beside_what_is_spent_and_a_misspelt_name_is_noticed(command: Command, ledger: Path) -> None:
+    agreed = ("--ledger", ledger, "--reason", "agreed")
+    first = command("budget", "set", "chest x-rays 2026", "--epsilon", "1.5", *agreed).out
+    assert "at most ε = 1.5 at δ = 1e-05" in first
+    assert "before" not in first
+    assert "nothing has been charged" not in first
+    again = command("budget", "set", "chest x-rays 2026", "--epsilon", "2", *agreed).out
+    assert "before: 1.5" in again
+    (row,) = json.loads(command("budget", "show", "--ledger", ledger, "--json").out)["datasets"]
+    assert f"spent ε {row['epsilon']:.3f}, left {row['remaining']:.3f}" in again
+    assert (
+        "nothing has been charged under this name"
+        in command("budget", "set", "chest x-ray 2026", "--epsilon", "2", *agreed).out
+    )
+
+
+def test_verify_gives_a_head_to_note_and_compares_it_later(command: Command, ledger: Path) -> None:
+    rows, head, note = command("budget", "verify", "--ledger", ledger).out.splitlines()
+    assert rows == "4 rows, unbroken"
+    assert "--head" in note
+    known = head.removeprefix("head ")
+    assert known == json.loads(command("budget", "verify", "--ledger", ledger, "--json").out)["head"]
+    command("budget", "set", "chest x-rays 2026", "--ledger", ledger, "--epsilon", "2", "--reason", "agreed")
+    later = command("budget", "verify", "--ledger", ledger, "--head", known).out.splitlines()
+    assert later[0] == "5 rows, unbroken, and row 4 is as noted"
+    wrong = known[:-1] + ("0" if known[-1] != "0" else "1")
+    assert command("budget", "verify", "--ledger", ledger, "--head", wrong).error() == "FS-1262"
 
 
 def test_an_audit_is_attached_and_signed_anew(command: Command, tmp_path: Path) -> None:
