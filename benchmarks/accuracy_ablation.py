@@ -1,7 +1,6 @@
 """What each measure is worth, on validation records only: one thing is changed at a time, the rest is as deployed.
 
-    python -m benchmarks.accuracy_ablation --features FILE.npz [--centre FILE.npz:text] [--kind linear] [--epsilon 1,8]
-        [--folds 5] [--out accuracy/ablation] [--page FILE.md]
+Two tables of ``python -m benchmarks.accuracy`` (``--only ablation-linear,ablation-facmic``).
 
 Records of ``train`` and four fifths of ``val`` train, the remaining fifth of ``val`` is scored, in turns; ``test`` is
 never opened. Noise is that of the secure sum of five sites of which four are honest, drawn from a seed, the same for
@@ -10,21 +9,21 @@ all changes of a fold, so that differences are taken fold by fold. Finished meas
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.accuracy_page import date_and_machine, interval, keep_rows, spread, update_page
+from benchmarks.accuracy_page import interval, spread
 from benchmarks.accuracy_study import folds
-from fedsecure.cli.simulated import simulation_progress
 from fedsecure.learning.adapters import AdapterSpec, Vector
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.evaluation import accuracy, counts
@@ -33,7 +32,7 @@ from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.privacy.accounting import calibrate
 from fedsecure.simulation.pool import Pool, read_pool
-from fedsecure.simulation.simulate import Step, numbers, open_results, read_row, write_row
+from fedsecure.simulation.simulate import Step, open_results, read_row, write_row
 
 DELTA, SHARE = 1e-5, math.sqrt(5 / 4)
 STEPS = {"linear": 20, "facmic": 60}
@@ -64,8 +63,9 @@ class Change:
     steps: float = 1.0
 
 
+DEPLOYED = "as deployed"
 CHANGES: Mapping[str, Change] = {
-    "as deployed": Change(),
+    DEPLOYED: Change(),
     "not centred by the public mean": Change(centred=False),
     "Poisson sampling, q = 0.25, four times the steps": Change(sampling=0.25),
     "the learning rate of ε = 8": Change(ruled_at=8.0),
@@ -83,7 +83,7 @@ CHANGES: Mapping[str, Change] = {
 }
 # The module's steps take ten times as long.
 FEWER = (
-    "as deployed",
+    DEPLOYED,
     "not centred by the public mean",
     "the learning rate of ε = 8",
     "the learning rate of ε = 1",
@@ -147,77 +147,80 @@ def score(
     return accuracy(*counts(task, spec.unflatten(mean if change.average else current), scored))
 
 
-def measure(options: argparse.Namespace, epsilons: Sequence[float]) -> Iterator[tuple[Step, dict[str, Any] | None]]:
-    """A row a change, ε and fold, and the steps between them."""
-    # The split named "test" here is not looked at; the reader wants one that is not trained on.
-    pool = read_pool(options.features, train=("train", "val"), test="test", centre=options.centre)
-    with np.load(options.features) as held:
-        validation = len(held["val_y"])
-    parts = list(folds(pool, validation, 5))[: options.folds]
-    out = open_results(options.out)
-    names = tuple(CHANGES) if options.kind == "linear" else FEWER
-    done, total = 0, len(names) * len(epsilons) * len(parts)
-    for name in names:
-        for epsilon in epsilons:
-            change = CHANGES[name]
-            if change.ruled_at == epsilon:
-                done += len(parts)
-                continue
-            for fold, part in enumerate(parts):
-                facts = [options.kind, asdict(change), epsilon, fold, pool.digest]
-                key = hashlib.sha256(b"ablation/v1\0" + json.dumps(facts).encode()).hexdigest()[:32]
-                yield Step(done, total, f"{name}, ε = {epsilon:g}, fold {fold}"), None
-                row = read_row(out, key)
-                if row is None:
-                    found = score(options.kind, pool, change, epsilon, part, seed=fold)
-                    row = {"kind": options.kind, "change": name, "epsilon": epsilon, "fold": fold, "accuracy": found}
-                    write_row(out, key, row)
-                done += 1
-                yield Step(done, total, name), row
+@dataclass(frozen=True, slots=True)
+class Ablation:
+    """All changes to one adapter, as a part of a table.
+
+    Attributes:
+        features, centre: the feature file and its public mean, as of ``fedsecure simulate``.
+        kind: of the adapter.
+        folds: how many of the five are scored.
+        out: folder of finished measurements.
+        epsilons: ε.
+    """
+
+    features: Path
+    centre: str
+    kind: str
+    folds: int
+    out: Path
+    epsilons: tuple[float, ...] = (1.0, 8.0)
+
+    @property
+    def cells(self) -> int:
+        return len(self._work())
+
+    def _work(self) -> list[tuple[str, float, int]]:
+        names = tuple(CHANGES) if self.kind == "linear" else FEWER
+        work = product(names, self.epsilons, range(self.folds))
+        return [(name, epsilon, fold) for name, epsilon, fold in work if CHANGES[name].ruled_at != epsilon]
+
+    def run(self, watch: Callable[[Step], None]) -> list[dict[str, Any]]:
+        pool, parts = self._parts()
+        out, rows = open_results(self.out), []
+        for done, (name, epsilon, fold) in enumerate(self._work()):
+            watch(Step(done, self.cells, f"{name}, ε = {epsilon:g}, fold {fold}"))
+            key = self._key(pool, name, epsilon, fold)
+            row = read_row(out, key)
+            if row is None:
+                begun = time.monotonic()
+                found = score(self.kind, pool, CHANGES[name], epsilon, parts[fold], seed=fold)
+                facts = {"method": self.kind, "change": name, "epsilon": epsilon, "seed": fold, "accuracy": found}
+                row = {**facts, "wall_seconds": round(time.monotonic() - begun, 2)}
+                write_row(out, key, row)
+            rows.append(row)
+        return rows
+
+    def finished(self) -> list[dict[str, Any]]:
+        pool, _ = self._parts()
+        kept = (read_row(self.out, self._key(pool, *work)) for work in self._work())
+        return [row for row in kept if row is not None]
+
+    def _parts(self) -> tuple[Pool, list[tuple[UnitFeatures, UnitFeatures]]]:
+        # The split named "test" here is not looked at; the reader wants one that is not trained on.
+        pool = read_pool(self.features, train=("train", "val"), test="test", centre=self.centre)
+        with np.load(self.features) as held:
+            validation = len(held["val_y"])
+        return pool, list(folds(pool, validation, 5))
+
+    def _key(self, pool: Pool, name: str, epsilon: float, fold: int) -> str:
+        facts = [self.kind, asdict(CHANGES[name]), epsilon, fold, pool.digest]
+        return hashlib.sha256(b"ablation/v1\0" + json.dumps(facts).encode()).hexdigest()[:32]
 
 
-def render(rows: Sequence[Mapping[str, Any]], epsilons: Sequence[float]) -> Iterator[str]:
+def lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     """A line a change: accuracy, and the difference to what is deployed, fold by fold."""
-    found: dict[tuple[str, float], list[float]] = {}
+    found: dict[tuple[str, float], dict[int, float]] = {}
     for row in rows:
-        found.setdefault((str(row["change"]), float(row["epsilon"])), []).append(100 * float(row["accuracy"]))
+        found.setdefault((str(row["change"]), float(row["epsilon"])), {})[int(row["seed"])] = 100 * row["accuracy"]
+    epsilons = sorted({epsilon for _, epsilon in found})
     yield "| validation accuracy, % | " + " | ".join(f"ε = {e:g} | difference, 95 %" for e in epsilons) + " |"
     yield "|---" * (2 * len(epsilons) + 1) + "|"
     most = max(len(scores) for scores in found.values())
     for name in dict.fromkeys(name for name, _ in found):
         cells = []
         for epsilon in epsilons:
-            scores, deployed = found.get((name, epsilon), []), found["as deployed", epsilon]
-            cells.append(spread(scores, most))
-            differs = name != "as deployed" and len(scores) == len(deployed)
-            cells.append(interval([a - b for a, b in zip(scores, deployed, strict=True)]) if differs else "–")
+            scores, deployed = found.get((name, epsilon), {}), found.get((DEPLOYED, epsilon), {})
+            both = sorted(set(scores) & set(deployed)) if name != DEPLOYED else []
+            cells += [spread(list(scores.values()), most), interval([scores[f] - deployed[f] for f in both])]
         yield f"| {name} | " + " | ".join(cells) + " |"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--kind", default="linear", choices=tuple(STEPS))
-    parser.add_argument("--centre", default="file")
-    parser.add_argument("--epsilon", default="1,8")
-    parser.add_argument("--folds", type=int, default=5, help="of five")
-    parser.add_argument("--out", type=Path, default=Path("accuracy/ablation"))
-    parser.add_argument("--page", type=Path, help="Markdown file with a place for the table")
-    options = parser.parse_args()
-    epsilons, rows = numbers("--epsilon", options.epsilon), []
-    with simulation_progress(live=True) as watch:
-        for step, row in measure(options, epsilons):
-            watch(step)
-            rows += [] if row is None else [row]
-    slug = f"ablation-{options.kind}"
-    command = f"`python -m benchmarks.accuracy_ablation --features {options.features.name} --kind {options.kind}`"
-    how = f"{command}, {date_and_machine()}, {options.folds} folds."
-    text = "\n".join((how, "", *render(rows, epsilons))) + "\n"
-    print(text)
-    if options.page is not None:
-        keep_rows(rows, options.page.parent / f"{slug}.csv")
-        update_page(options.page, {slug: text})
-
-
-if __name__ == "__main__":
-    main()

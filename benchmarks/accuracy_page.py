@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedsecure.files import make_folder, write_whole
-from fedsecure.simulation.tables import epsilon_text, plot, summarise, to_csv
+from fedsecure.simulation.tables import epsilon_text, plot, summarise
 
 if TYPE_CHECKING:
     from benchmarks.accuracy_tables import Table
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 Row = Mapping[str, Any]
 # 97.5 % points of Student's t with 1, 2, … degrees of freedom.
 STUDENT = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+# The same in every row, or nothing but what other columns say.
+_LEFT_OUT = ("no_privacy", "class_counts", "curve")
 SHOWN = {"linear": "linear head", "facmic": "attention module"}
 
 
@@ -52,7 +54,9 @@ def render(table: Table, rows: Sequence[Row]) -> str:
         f"{said}, {len(rows)} runs, median {seconds:.0f} s each.",
         "",
     ]
-    if table.columns is not None:
+    if table.lines is not None:
+        lines += table.lines(rows)
+    elif table.columns is not None:
         lines += list(_by_score(rows, table.columns))
     else:
         lines += list(_by_epsilon(table, rows))
@@ -136,18 +140,16 @@ def _signed(value: float) -> str:
 def keep(table: Table, rows: Sequence[Row], *, folder: Path) -> None:
     """A table's CSV file, and its plot where it has one."""
     make_folder(folder)
-    write_whole(folder / f"{table.slug}.csv", to_csv(rows).encode(), mode=0o644)
-    if table.drawn:
-        plot(summarise([{**row, "method": shown(row["method"])} for row in rows]), folder / f"{table.slug}.png")
-
-
-def keep_rows(rows: Sequence[Row], file: Path) -> None:
-    """Rows of any columns as CSV."""
+    columns = list(dict.fromkeys(name for row in rows for name, value in row.items() if not isinstance(value, dict)))
     text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer = csv.DictWriter(
+        text, [c for c in columns if c not in _LEFT_OUT], extrasaction="ignore", lineterminator="\n"
+    )
     writer.writeheader()
     writer.writerows(rows)
-    write_whole(file, text.getvalue().encode(), mode=0o644)
+    write_whole(folder / f"{table.slug}.csv", text.getvalue().encode(), mode=0o644)
+    if table.drawn:
+        plot(summarise([{**row, "method": shown(row["method"])} for row in rows]), folder / f"{table.slug}.png")
 
 
 def update_page(file: Path, found: Mapping[str, str]) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
+from benchmarks.accuracy_ablation import Ablation, lines
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone
 from fedsecure.simulation.folders import from_pool
@@ -128,7 +129,8 @@ class Table:
         label: the columns of a row that tell its lines apart.
         pairs: pairs of lines whose difference is shown, seed by seed.
         drawn: whether a plot is made.
-        columns: scores shown; one line an ε where there are several.
+        columns: scores shown, a line an ε; without it there is a column an ε.
+        lines: what makes lines of rows where neither fits.
     """
 
     slug: str
@@ -138,6 +140,7 @@ class Table:
     pairs: tuple[tuple[str, str], ...] = ()
     drawn: bool = False
     columns: Mapping[str, str] | None = None
+    lines: Callable[[Sequence[Row]], Iterable[str]] | None = None
 
     @property
     def cells(self) -> int:
@@ -197,6 +200,7 @@ def tables(data: Path, out: Path) -> list[Table]:
         return on("ucf101", f"{folder}-{method}", methods=(method,), **{"seeds": 3, **changes})
 
     averaged = {"noises": ("local",), "rounds": 10, "local_steps": 5, "partitions": ("iid", SKEWS[0])}
+    ucf_file = data / "ucf101_clip_vitb32.npz"
     alone_options = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=3)
     skewed = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=3, partitions=(SKEWS[0],))
     folders = {
@@ -256,7 +260,7 @@ def tables(data: Path, out: Path) -> list[Table]:
             (
                 ucf("iid", "linear", epsilons=FEW),
                 ucf("skew", "linear", epsilons=FEW, partitions=SKEWS),
-                ucf("local", "linear", epsilons=FEW, partitions=("iid", *SKEWS), noises=("local",)),
+                ucf("local", "linear", epsilons=FEW[:2], partitions=("iid", SKEWS[0], SKEWS[2]), noises=("local",)),
                 Alone("local-only-linear", alone_options),
                 Alone("local-only-linear", skewed),
             ),
@@ -285,5 +289,14 @@ def tables(data: Path, out: Path) -> list[Table]:
             (ucf("iid", "linear", seeds=5), ucf("iid", "facmic", seeds=5)),
             pairs=(("facmic", "linear"),),
             drawn=True,
+        ),
+        *(
+            Table(
+                f"ablation-{kind}",
+                f"what each measure is worth, validation records, {kind}",
+                (Ablation(ucf_file, f"{ucf_file}:text", kind, count, out / f"ablation-{kind}"),),
+                lines=lines,
+            )
+            for kind, count in (("linear", 5), ("facmic", 2))
         ),
     ]

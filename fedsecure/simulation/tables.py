@@ -40,10 +40,10 @@ def epsilon_text(epsilon: float) -> str:
     return "∞" if math.isinf(epsilon) else f"{epsilon:g}"
 
 
-def to_csv(rows: Sequence[Row]) -> str:
-    """One line a run, in the order given; ε of a run without privacy is ``inf``."""
+def to_csv(rows: Sequence[Row], *, extra: Sequence[str] = ()) -> str:
+    """One line a run, in the order given, with further columns; ε of a run without privacy is ``inf``."""
     text = io.StringIO()
-    writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore", lineterminator="\n")
+    writer = csv.DictWriter(text, (*COLUMNS, *extra), extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return text.getvalue()
@@ -138,5 +138,5 @@ def plot(summary: Sequence[Mapping[str, Any]], file: Path) -> bool:
     axes.legend(fontsize="small")
     image = io.BytesIO()
     figure.savefig(image, format="png", dpi=150)
-    write_whole(file, image.getvalue())
+    write_whole(file, image.getvalue(), mode=0o644)
     return True

@@ -37,7 +37,7 @@ def rows() -> list[dict[str, Any]]:
 
 
 def table(**changes: Any) -> Any:
-    facts = {"slug": "some", "label": ("method",), "pairs": (("facmic", "linear"),), "columns": None}
+    facts = {"slug": "some", "label": ("method",), "pairs": (("facmic", "linear"),), "columns": None, "lines": None}
     return SimpleNamespace(**{**facts, **changes})
 
 
