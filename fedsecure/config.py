@@ -119,6 +119,82 @@ class EncoderConfig(EncoderChoice):
     fingerprint: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+class Clip2flConfig(_Section):
+    """What the method ``clip2fl`` goes by, and no other; the defaults are those of a private run.
+
+    Attributes:
+        distillation: β, how much zero-shot CLIP teaches in local training; 0 is plain cross-entropy.
+        distillation_temperature: T of both sides' softmax.
+        releases: in how many of the last rounds the sites give class gradients; 0 leaves the side branch out.
+        class_gradients: ``"diagonal"``: each class's own row of the classifier's gradient; ``"full"``: all rows.
+        budget_share: of the run's budget, for the class gradients.
+        clip_norm: what a unit's class gradients are clipped to, for features of unit length.
+        project: whether features are projected on the span of the class texts, which is less noise and less signal.
+        gate: a class whose noisy gradient's square is less than so many times the noise's is led by its text alone.
+        features: m, federated features a class.
+        matching_steps, matching_rate: of the gradient matching.
+        cosine: one cosine for each row of a class's gradient, or one for its matrix.
+        contrast: η of the prototype contrast; 0 is CReFF.
+        contrast_temperature: its τ.
+        negatives: the contrast's: other classes' texts, or other federated features.
+        reduction: whether the contrast is summed or averaged over the federated features.
+        head_epochs, head_batch, head_rate: of the classifier's re-training.
+        warm_start: whether the classifier goes on from the last one instead of from a fresh one.
+    """
+
+    distillation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    distillation_temperature: Positive = 3.0
+    releases: Annotated[int, Field(ge=0, le=100_000)] = 1
+    class_gradients: Literal["diagonal", "full"] = "diagonal"
+    budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    clip_norm: Positive = 1.0
+    project: bool = False
+    gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    features: Annotated[int, Field(ge=1, le=10_000)] = 100
+    matching_steps: Annotated[int, Field(ge=0, le=100_000)] = 100
+    matching_rate: Positive = 0.1
+    cosine: Literal["rows", "matrix"] = "rows"
+    contrast: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    contrast_temperature: Positive = 0.1
+    negatives: Literal["text", "features"] = "text"
+    reduction: Literal["sum", "mean"] = "sum"
+    head_epochs: Annotated[int, Field(ge=1, le=100_000)] = 300
+    head_batch: Annotated[int, Field(ge=1, le=100_000)] = 32
+    head_rate: Positive = 0.01
+    warm_start: bool = False
+
+
+class AlignmentConfig(_Section):
+    """FACMIC's alignment with a public target, for the method ``facmic``; off by default.
+
+    Attributes:
+        weight: λ of the local discrepancy to the target, beside cross-entropy.
+        negatives: weight of the text-to-image term, with the target's images in place of a batch's.
+        target: SHA-256 in hex of the target file, of which everybody who aligns names a copy (``target_file``).
+        prototypes: whether the first round releases class prototypes of the sources, in place of a gradient and at
+            its price; without, the target only attracts.
+        at: who aligns: ``"sites"`` in every step, or the ``"aggregator"`` after the last, on the prototypes alone.
+        transductive: accept a target that holds images of an evaluation set.
+    """
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    negatives: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    target: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    prototypes: bool = False
+    at: Literal["sites", "aggregator"] = "sites"
+    transductive: bool = False
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        if bool(self.target) != (self.weight > 0 or self.negatives > 0):
+            raise ValueError("a target goes with a weight or negatives above 0, and these with a target")
+        if self.prototypes and self.weight == 0:
+            raise ValueError("prototypes are released for nothing without a weight above 0")
+        if self.at == "aggregator" and not self.prototypes:
+            raise ValueError('at = "aggregator" needs prototypes: the aggregator has no records')
+        return self
+
+
 class MethodConfig(_Section):
     """Which federated method trains, and its public settings.
 
@@ -129,6 +205,8 @@ class MethodConfig(_Section):
         learning_rate: ``"auto"`` follows the predicted signal-to-noise.
         temperature: τ of the logits; ``"auto"`` is the adapter's own default.
         average: whether the result is the mean of the adapters of the second half of the rounds.
+        alignment: of the method ``facmic``, with a public target.
+        clip2fl: what the method of that name goes by.
     """
 
     name: Label = "linear"
@@ -137,6 +215,14 @@ class MethodConfig(_Section):
     learning_rate: Literal["auto"] | Positive = "auto"
     temperature: Literal["auto"] | Positive = "auto"
     average: bool = False
+    alignment: AlignmentConfig = AlignmentConfig()
+    clip2fl: Clip2flConfig = Clip2flConfig()
+
+    @model_validator(mode="after")
+    def _check_alignment(self) -> Self:
+        if self.alignment.prototypes and self.rounds < 2:
+            raise ValueError("alignment.prototypes takes the first round, so rounds must be at least 2")
+        return self
 
 
 class EvaluationConfig(_Section):
@@ -227,6 +313,8 @@ class RunSettings(_Section):
         trainers = self.declared_units()
         if len(trainers) < 3:
             raise ValueError(f"{len(trainers)} training sites; a secure sum needs at least 3")
+        if self.method.alignment.prototypes and self.privacy.ring_bits != 32:
+            raise ValueError("alignment.prototypes needs ring_bits = 32: a site's class sums are rounded as one")
         prepared = self.rounds.prepared_rounds
         if prepared * len(trainers) > MAX_PREPARED:
             most = MAX_PREPARED // len(trainers)
@@ -274,6 +362,10 @@ class RunSettings(_Section):
             ) from error
 
 
+# What of ``federation.toml`` is the aggregator's own and no part of the run.
+AGGREGATOR_KEYS = {"listen", "state", "identity", "encoder_file", "target_file"}
+
+
 class FederationConfig(RunSettings):
     """``federation.toml``: the run's public settings, and where this aggregator lives.
 
@@ -283,16 +375,18 @@ class FederationConfig(RunSettings):
         identity: folder with the aggregator's certificate, keys and the signed roster.
         encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that compute with the
             class texts between rounds.
+        target_file: its copy of the target, where the run has the aggregator align.
     """
 
     listen: str = "127.0.0.1:0"
     state: Path
     identity: Path
     encoder_file: Path | None = None
+    target_file: Path | None = None
 
     def settings(self) -> RunSettings:
         """The public part."""
-        return RunSettings.model_validate(self.model_dump(exclude={"listen", "state", "identity", "encoder_file"}))
+        return RunSettings.model_validate(self.model_dump(exclude=AGGREGATOR_KEYS))
 
 
 class DatasetConfig(_Section):
@@ -359,6 +453,7 @@ class PolicyConfig(_Section):
         "lora",
         "prototypes",
         "ridge",
+        "clip2fl",
         "evaluate",
     )
     noise: tuple[Literal["distributed", "local"], ...] = ("distributed", "local")
@@ -376,6 +471,7 @@ class SiteConfig(_Section):
         ledger: the budget ledger, an SQLite file; keep it with the data, not with the run.
         encoder_file: this site's copy of the encoder's weights, or of the ``.npz`` with the text embeddings, where the
             run does not name an open_clip tag.
+        target_file: this site's copy of the target that the run aligns with, if it does.
         engine: where clipped sums come from; ``"auto"`` prefers the closed form where its equality is tested.
         device: ``"auto"`` takes the GPU where there is one.
     """
@@ -386,6 +482,7 @@ class SiteConfig(_Section):
     state: Path
     ledger: Path
     encoder_file: Path | None = None
+    target_file: Path | None = None
     train: DatasetConfig | None = None
     evaluation: DatasetConfig | None = None
     policy: PolicyConfig = PolicyConfig()
@@ -396,7 +493,7 @@ class SiteConfig(_Section):
 
 
 _Model = TypeVar("_Model", FederationConfig, SiteConfig, RunSettings)
-_PATHS = ("state", "identity", "ledger", "encoder_file")
+_PATHS = ("state", "identity", "ledger", "encoder_file", "target_file")
 
 
 def read_toml(file: Path) -> dict[str, Any]:

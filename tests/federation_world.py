@@ -99,6 +99,7 @@ class World:
             **self.settings.model_dump(),
             state=self.folder / "aggregator",
             identity=self.folder / "keys" / "aggregator" / "identity",
+            encoder_file=self.features,
         )
         self.coordinator = Coordinator(config, load_identity(config.identity), run=os.urandom(16), now=time.monotonic())
         return self.coordinator

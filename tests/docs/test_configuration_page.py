@@ -13,6 +13,8 @@ from docs_pages import blocks, literal, page, sections, table
 from pydantic import BaseModel
 
 from fedsecure.config import (
+    AlignmentConfig,
+    Clip2flConfig,
     DatasetConfig,
     EncoderConfig,
     EvaluationConfig,
@@ -34,6 +36,8 @@ PAGES: dict[str, type[BaseModel]] = {
     "Top level of federation.toml": FederationConfig,
     "`[encoder]`": EncoderConfig,
     "`[method]`": MethodConfig,
+    "`[method.alignment]`": AlignmentConfig,
+    "`[method.clip2fl]`": Clip2flConfig,
     "`[privacy]`": PrivacyConfig,
     "`[evaluation]`": EvaluationConfig,
     "`[rounds]`": RoundsConfig,

@@ -1,0 +1,249 @@
+"""CLIP2FL on frozen CLIP features: distillation at the sites, federated features at the aggregator, for long tails.
+
+Shi, Zheng, Yin, Lu, Huang, Cao, Chen: CLIP2FL, AAAI 2024 (arXiv 2312.08648). Sites train a residual head with
+cross-entropy and distillation from zero-shot CLIP. In the last rounds they also give class gradients, summed over all
+classes in one bounded segment of the same vector. The aggregator finds features whose gradients look alike, draws them
+to the class texts, and trains a classifier on them, which has the same number of features for every class; it is the
+run's result. Features and classifier never influence the training of the head, so that this side branch costs one
+release, and what it does with it is post-processing. Without contrast it is CReFF (IJCAI 2022).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from fedsecure.config import Clip2flConfig, RunSettings
+from fedsecure.errors import ConfigError
+from fedsecure.learning.adapters import Float32, Vector
+from fedsecure.learning.class_gradients import ClassGradients, class_gradient_sum, clear_classes, span_basis
+from fedsecure.learning.classifier import Classifier, Retraining, fresh_classifier, retrain
+from fedsecure.learning.features import SiteFeatures
+from fedsecure.learning.federated_features import Matching, PrototypeContrast, find_features, fresh_features
+from fedsecure.learning.objective import Distillation, Objective
+from fedsecure.learning.task import HeadTask, unit_rows
+from fedsecure.learning.units import UnitFeatures
+from fedsecure.messages import Aggregate, Answer, Segment, SiteState
+from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
+from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.descent import AdapterDescent
+from fedsecure.privacy.grid import distributed_segment
+from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
+
+PURPOSE = "class gradients"
+# Values of a contribution, and of the federated features.
+MAX_VALUES = 1 << 24
+# Tensors of the state beside the head that is trained.
+_CLASSIFIER, _FEATURES, _SUM = "classifier", "federated_features", "class_gradients"
+
+
+@dataclass(frozen=True, slots=True)
+class FederatedFeatureDescent(AdapterDescent):
+    """Descent on the residual head, with the side branch of class gradients, federated features and classifier.
+
+    The classifier acts on z = √d·a, a being the unit input of the head, so that features of length √d such as N(0, I)
+    draws stand beside it; it starts from zero, where a class gradient is a class sum of features.
+    """
+
+    # --- the aggregator's half --------------------------------------------------------------------------------------
+
+    def start(self, settings: RunSettings, cohort: Cohort) -> ServerState:
+        self.check(settings)
+        return AdapterDescent.start(self, settings, cohort)
+
+    def ask(self, settings: RunSettings, cohort: Cohort, state: ServerState) -> Ask | None:
+        ask = AdapterDescent.ask(self, settings, cohort, state)
+        if ask is None:
+            return None
+        plan = self.plan(settings, cohort)
+        ask = replace(ask, events=plan.events_at(state.step))
+        if not self.releases_at(settings, state.step):
+            return ask
+        classifier = state.tensors.get(_CLASSIFIER, self._zero(settings))
+        beside = self.class_segment(settings, cohort, plan)
+        return replace(ask, inputs={**ask.inputs, _CLASSIFIER: classifier}, segments=(*ask.segments, beside))
+
+    def absorb(self, settings: RunSettings, cohort: Cohort, state: ServerState, aggregate: Aggregate) -> ServerState:
+        following = AdapterDescent.absorb(self, settings, cohort, state, aggregate)
+        kept = {name: state.tensors[name] for name in (_CLASSIFIER, _FEATURES) if name in state.tensors}
+        if self.releases_at(settings, state.step):
+            kept[_SUM] = aggregate.values[_SUM] * self._scale(settings)
+        return replace(following, tensors={**following.tensors, **kept})
+
+    def due(self, settings: RunSettings, state: ServerState) -> bool:
+        return _SUM in state.tensors
+
+    def compute(self, settings: RunSettings, state: ServerState, features: SiteFeatures) -> ServerState:
+        """Federated features and classifier from the last class gradients; after the last round the classifier, as a
+        residual head, is the run's adapter."""
+        options, classes = settings.method.clip2fl, len(settings.classes)
+        _, cohort = cohort_of(settings, trainers_only=True)
+        task, layout = self.task(settings, features), self.layout(settings)
+        dimension, seed = settings.encoder.dimension, int.from_bytes(settings.digest()[:4], "big")
+        found_before = state.tensors.get(_FEATURES)
+        if found_before is None:
+            found_before = fresh_features(classes, options.features, dimension, seed=seed)
+        now = Classifier(np.asarray(state.tensors.get(_CLASSIFIER, self._zero(settings)), np.float32))
+        target = np.asarray(state.tensors[_SUM], np.float64)
+        noise = self.plan(settings, cohort).last_events[0].noise_multiplier * options.clip_norm
+        clear = clear_classes(
+            target, layout, noise_std=noise * math.sqrt(cohort.sites / cohort.honest), threshold=options.gate
+        )
+        found = find_features(
+            np.asarray(found_before, np.float32),
+            now,
+            target,
+            layout,
+            matching=Matching(options.matching_steps, options.matching_rate, options.cosine),
+            contrast=_contrast(options),
+            text=task.prior,
+            clear=clear,
+            basis=span_basis(task.prior) if options.project else None,
+        )
+        begin = now if options.warm_start else fresh_classifier(classes, dimension, bias=False, seed=seed + state.step)
+        how = Retraining(options.head_epochs, options.head_batch, options.head_rate)
+        trained = retrain(found.features, begin, how, seed=seed + state.step)
+        told = {name: value for name, value in asdict(found).items() if name != "features"}
+        facts = {**state.facts, self.name: {**told, "clear_classes": int(clear.sum()), "step": state.step}}
+        tensors: dict[str, Tensor] = {name: value for name, value in state.tensors.items() if name != _SUM}
+        tensors |= {_FEATURES: found.features, _CLASSIFIER: trained.weight}
+        if state.step >= settings.method.rounds:
+            tensors = {"D": _as_residual(trained, task)}
+        return replace(state, tensors=tensors, facts=facts)
+
+    # --- a site's half ----------------------------------------------------------------------------------------------
+
+    def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
+        head = {name: inputs[name] for name in self.spec(release.settings).shapes}
+        answer, state = AdapterDescent.answer(self, head, state, release)
+        if _CLASSIFIER not in inputs:
+            return answer, state
+        settings = release.settings
+        units = release.units("train")
+        assert units is not None, "only training sites are asked"
+        task, layout = self.task(settings, release.features), self.layout(settings)
+        values = self.class_gradients(task, units, np.asarray(inputs[_CLASSIFIER]), layout, settings.method.clip2fl)
+        values = values / self._scale(settings)
+        return Answer({**answer.values, _SUM: values}, {**answer.units, _SUM: len(units)}), state
+
+    @staticmethod
+    def class_gradients(
+        task: HeadTask, units: UnitFeatures, weight: Tensor, layout: ClassGradients, options: Clip2flConfig
+    ) -> Vector:
+        """The sum of units' class gradients in unit features a, at the classifier W on √d·a; each of C_g at most."""
+        inputs = _inputs(task, units)
+        shown = inputs @ span_basis(task.prior).T if options.project else inputs
+        scaled = Classifier(np.asarray(weight, np.float64) * math.sqrt(task.spec.dimension))
+        return class_gradient_sum(inputs, units, scaled, layout, clip_norm=options.clip_norm, outer=shown)
+
+    def _training_task(
+        self, settings: RunSettings, release: Release, inputs: Mapping[str, Tensor], state: SiteState
+    ) -> HeadTask:
+        options = settings.method.clip2fl
+        task = AdapterDescent._training_task(self, settings, release, inputs, state)
+        taught = Distillation(options.distillation, options.distillation_temperature)
+        return replace(task, objective=Objective(distillation=taught if options.distillation else None))
+
+    # --- what both halves compute alike from public numbers ---------------------------------------------------------
+
+    def releases_at(self, settings: RunSettings, step: int) -> bool:
+        """Whether round ``step`` asks for class gradients."""
+        return step >= settings.method.rounds - settings.method.clip2fl.releases
+
+    def layout(self, settings: RunSettings) -> ClassGradients:
+        """Of the class gradients; the residual head has no bias."""
+        classes, options = len(settings.classes), settings.method.clip2fl
+        width = classes if options.project else settings.encoder.dimension
+        return ClassGradients(classes, width, options.class_gradients, bias=False)
+
+    def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
+        """The run's plan with training and class gradients, both within the target."""
+        if not settings.method.clip2fl.releases:
+            return AdapterDescent.plan(self, settings, cohort)
+        return _plan(settings.canonical(), cohort, self.spec(settings).parameters)
+
+    def class_segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan) -> Segment:
+        """The layout of the class gradients in a round's vector; the sites share their noise whatever the training's
+        is. A unit's are brought to the length of its training gradient."""
+        return distributed_segment(
+            _SUM,
+            self.layout(settings).length,
+            clip_norm=settings.privacy.max_grad_norm,
+            noise_multiplier=plan.last_events[0].noise_multiplier,
+            honest=cohort.honest,
+            sites=cohort.sites,
+            units=max(settings.declared_units().values()),
+        )
+
+    def check(self, settings: RunSettings) -> None:
+        """Refuse settings that do not go together.
+
+        Raises:
+            ConfigError: FS-1017.
+        """
+        options, classes, privacy = settings.method.clip2fl, len(settings.classes), settings.privacy
+        largest = max(self.layout(settings).length, classes * options.features * settings.encoder.dimension)
+        wrong = {
+            f"releases = {options.releases} in {settings.method.rounds} rounds": options.releases
+            > settings.method.rounds,
+            f"project with {classes} classes and features of width {settings.encoder.dimension}": options.project
+            and classes >= settings.encoder.dimension,
+            f"ring_bits = {privacy.ring_bits}": privacy.ring_bits != 32,
+            f"{largest:,} values of class gradients or federated features": largest > MAX_VALUES,
+        }
+        for found, is_wrong in wrong.items():
+            if is_wrong:
+                raise ConfigError(
+                    "FS-1017",
+                    f"method {self.name!r} with {found}",
+                    expected="no more releases than rounds, fewer classes than the features' width to project on, the "
+                    f"ring of 32 bits, and at most {MAX_VALUES:,} values",
+                    cure="mend [method.clip2fl], or set ring_bits = 32",
+                )
+
+    def _scale(self, settings: RunSettings) -> float:
+        return settings.method.clip2fl.clip_norm / settings.privacy.max_grad_norm
+
+    def _zero(self, settings: RunSettings) -> Float32:
+        return np.zeros((len(settings.classes), settings.encoder.dimension), np.float32)
+
+
+def _inputs(task: HeadTask, units: UnitFeatures) -> Vector:
+    """(U, m, d) unit inputs of the head, as :func:`fedsecure.learning.modules.centred_inputs` has them."""
+    rows = unit_rows(np.asarray(units.features, np.float64))
+    return unit_rows(rows - task.centre) if task.centre.any() else rows
+
+
+def _contrast(options: Clip2flConfig) -> PrototypeContrast | None:
+    if not options.contrast:
+        return None
+    return PrototypeContrast(options.contrast, options.contrast_temperature, options.negatives, options.reduction)
+
+
+def _as_residual(classifier: Classifier, task: HeadTask) -> Float32:
+    """D with τ·a·Pᵀ + a·Dᵀ = W·√d·a."""
+    weight = np.asarray(classifier.weight, np.float64) * math.sqrt(task.spec.dimension)
+    return np.asarray(weight - task.scale * task.prior, np.float32)
+
+
+@lru_cache(maxsize=16)
+def _plan(canonical: str, cohort: Cohort, parameters: int) -> PrivacyPlan:
+    settings = RunSettings.parse(canonical)
+    options: Any = settings.method.clip2fl
+    return Privacy(**settings.privacy.model_dump()).plan(
+        parameters=parameters,
+        units=settings.declared_units(),
+        rounds=settings.method.rounds,
+        local_steps=settings.method.local_steps,
+        cohort=cohort,
+        sampling_rates=settings.sampling_rates(),
+        last=LastReleases(PURPOSE, options.releases, options.budget_share),
+    )
+
+
+METHOD = FederatedFeatureDescent(name="clip2fl", version="1", kind="linear")
