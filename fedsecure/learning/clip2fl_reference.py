@@ -145,7 +145,7 @@ def train(
         the model after the last round, in evaluation mode.
 
     Raises:
-        ModelError: FS-1694 no site has a record, or a trunk that needs public records gets none.
+        ModelError: FS-1694 no site has a record, a trunk that needs public records gets none, or training diverges.
     """
     present = [index for index, site in enumerate(sites) if len(site)]
     if not present or (public is None and (trunk.weigh or trunk.finish)):
@@ -177,6 +177,13 @@ def train(
         student.load_state_dict(mean)
         if trunk.finish and public is not None:
             trunk.finish(student, trained, public)
+        if not all(bool(torch.isfinite(parameter).all()) for parameter in student.parameters()):
+            raise ModelError(
+                "FS-1694",
+                f"{trunk.name} at rate {schedule.rate:g} has gone to infinity in round {round + 1}",
+                expected="finite weights",
+                cure="lower the rate; distillation of strength β and temperature T multiplies it by up to β·T²",
+            )
     watch(schedule.rounds, schedule.rounds)
     return student.eval()
 

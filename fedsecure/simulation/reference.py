@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from fedsecure.learning.reference import ReferenceRecipe
 
 ROUNDS = 50
+WHY = "its losses and its batch normalisation couple the records of a batch, so no clipping bounds what one record does"
 # Of the released program: FACMIC with each of the three target features, FedCLIP, and sites that never average.
 NAMES = (
     "reference",
@@ -69,17 +70,23 @@ def recipe_of(name: str, *, scale: float, steps: int | None = None, batch: int |
     )
 
 
-def check_consent(epsilon: float, reason: str) -> None:
-    """Refuse a reference run that is to be private, or that nobody gave a reason for; PrivacyError FS-1218."""
+def check_consent(epsilon: float, reason: str, *, why: str = WHY, instead: str = "facmic") -> None:
+    """Refuse a reference run that is to be private, or that nobody gave a reason for; PrivacyError FS-1218.
+
+    Args:
+        epsilon: asked for; only ∞ passes.
+        reason: why the data need no privacy.
+        why: what of this training cannot be made private.
+        instead: the method to run privately.
+    """
     if math.isinf(epsilon) and reason.strip():
         return
     found = "without a reason" if math.isinf(epsilon) else f"with ε = {epsilon:g}"
     raise PrivacyError(
         "FS-1218",
         f"the released training {found}",
-        expected="a run without privacy (ε = inf), and why the data need none: its losses and its batch normalisation "
-        "couple the records of a batch, so no clipping bounds what one record does",
-        cure="use the method facmic for a private run; for the reference say --epsilon inf and give a reason",
+        expected=f"a run without privacy (ε = inf), and why the data need none: {why}",
+        cure=f"use the method {instead} for a private run; for the reference say --epsilon inf and give a reason",
     )
 
 

@@ -36,7 +36,14 @@ SHARED = {
         "simulation/simulate.py",
     },
     "FS-1009": {"simulation/demo.py", "simulation/simulate.py"},
-    "FS-1010": {"simulation/alone.py", "simulation/material.py", "simulation/placing.py", "simulation/pool.py"},
+    "FS-1010": {
+        "simulation/alone.py",
+        "simulation/clip2fl.py",
+        "simulation/longtail.py",
+        "simulation/material.py",
+        "simulation/placing.py",
+        "simulation/pool.py",
+    },
     "FS-1100": {"data/features.py", "data/images.py", "data/loading.py", "simulation/material.py"},
     "FS-1109": {"data/arrays.py", "data/dataset.py"},
     "FS-1111": {"data/arrays.py", "data/dataset.py"},
@@ -48,7 +55,7 @@ SHARED = {
     "FS-1403": {"identity/keys.py", "identity/provision.py", "simulation/scaffold.py"},
     "FS-1631": {"learning/adapters.py", "learning/training.py"},
     "FS-1632": {"learning/adapters.py", "learning/modules.py", "learning/reference.py"},
-    "FS-1638": {"learning/engines.py", "learning/evaluation.py", "learning/features.py"},
+    "FS-1638": {"learning/distillation.py", "learning/engines.py", "learning/evaluation.py", "learning/features.py"},
     "FS-1709": {"client.py", "simulation/memory.py"},
 }
 

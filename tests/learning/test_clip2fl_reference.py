@@ -237,4 +237,5 @@ def test_bad_input() -> None:
     refused(lambda: Schedule(rounds=0))
     refused(lambda: Schedule(rate=0.0))
     refused(lambda: train(FEDAVG, SPEC, [records([0] * C, 0)], schedule=SCHEDULE, seed=0))
+    refused(lambda: train(FEDAVG, SPEC, long_tailed(), schedule=replace(SCHEDULE, rate=1e20), seed=0))
     refused(lambda: train(TRUNKS["feddf"], SPEC, long_tailed(), schedule=SCHEDULE, seed=0))

@@ -1,0 +1,280 @@
+"""CLIP2FL (AAAI 2024) on long-tailed data: the published training, what it is compared with, and the private one.
+
+    python examples/clip2fl.py --data DIR --imbalance 100 --alpha 0.5 --epsilon 1,3,8,inf --students resnet8
+    python examples/clip2fl.py --features FILE.npz --train train,val --public val --imbalance 20 --epsilon 1,3,8,inf
+
+``DIR`` is CIFAR's binary archive, or ``DIR/{train,test,public}/<class>/*``. The published training is not private and
+runs at ε = inf only; private runs are those of ``fedsecure simulate``, on the same records' features. Settings are for
+the public records to choose and never the test set: both are in the tables. Given again, the same command goes on where
+it was. docs/datasets.md says where the papers' data sets come from.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
+from datetime import UTC, datetime
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from fedsecure.cli.display import out, show_error
+from fedsecure.cli.simulated import simulation_progress
+from fedsecure.errors import ConfigError, FedsecureError
+from fedsecure.files import write_whole
+from fedsecure.methods.registry import load_training_method
+from fedsecure.simulation.clip2fl import (
+    NAMES,
+    TRUNK_OF,
+    WHY,
+    ZERO_SHOT,
+    Settings,
+    run_published,
+    run_zero_shot,
+    scores_of_adapter,
+)
+from fedsecure.simulation.folders import lay_out_experiment
+from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
+from fedsecure.simulation.reference import check_consent
+from fedsecure.simulation.simulate import SimulationOptions, Step, listed, numbers, open_results, simulate
+from fedsecure.simulation.tables import epsilon_text, plot, summarise, to_csv, to_markdown
+
+INSTALLED = ("clip2fl", "linear", "prototypes")
+REASON = "to compare with, on data whose user declares them public"
+REPORTED = (
+    "Reported in the paper on ImageNet-LT (top-1, %; all, many, medium, few): CLIP2FL 27.72, 35.06, 27.55, 24.80; "
+    "CReFF 26.31, 37.44, 21.87, 10.29; FedAvg 23.85, 34.92, 19.18, 7.10."
+)
+GROUPS = ("all", "many", "medium", "few")
+Watch = Callable[[Step], None]
+
+
+def arguments(given: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--data", type=Path, help="CIFAR's binary archive, or a folder with train/ and test/")
+    source.add_argument("--features", type=Path, help="feature file (docs/datasets.md)")
+    parser.add_argument("--students", default="features", choices=("resnet8", "features"))
+    parser.add_argument("--imbalance", type=float, default=100.0, help="commonest class over rarest")
+    parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet partition")
+    parser.add_argument("--partition", default="equal-dirichlet", choices=("equal-dirichlet", "dirichlet"))
+    parser.add_argument("--commonest-first", action="store_true", help="the tail goes by class sizes, not by label")
+    parser.add_argument("--sites", type=int, default=20)
+    parser.add_argument("--model", default="tiny", help="the teacher: an open_clip model, or tiny for the bundled one")
+    parser.add_argument("--pretrained", default="openai", help="open_clip tag or weights file")
+    parser.add_argument("--train", default="train", help="splits of --features to train on")
+    parser.add_argument("--test", default="test", help="split of --features to test on")
+    parser.add_argument("--public", default="val", help="split of --features with public records")
+    parser.add_argument("--public-each", type=int, default=5, help="public records of each class")
+    parser.add_argument("--centre", default="none", help="public mean of --features; as fedsecure simulate")
+    parser.add_argument("--method", help="default: all that are published (at ε = inf) and installed")
+    parser.add_argument("--epsilon", default="1,3,8,inf")
+    parser.add_argument("--noise", default="distributed", help="distributed, local, or both with a comma")
+    parser.add_argument("--delta", type=float, default=1e-5)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--private-rounds", type=int, help="of the private methods")
+    parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
+    parser.add_argument("--out", type=Path, default=Path("clip2fl-results"))
+    for one in fields(Settings):
+        if one.name == "contrast_sum":
+            parser.add_argument("--contrast-sum", action="store_true", help="sum the contrast, as in the paper")
+        elif one.name != "students":
+            kind = type(one.default)
+            parser.add_argument(f"--{one.name.replace('_', '-')}", type=kind, default=one.default, help="published")
+    return parser.parse_args(given)
+
+
+def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Private methods and published ones; each is known, and a published one that was named has ε = inf to run at."""
+    if options.method is None:
+        names = (*NAMES, *INSTALLED) if math.inf in epsilons else INSTALLED
+    else:
+        names = listed(options.method)
+    published = tuple(name for name in names if name in NAMES)
+    if published:
+        check_consent(
+            math.inf if math.inf in epsilons else min(epsilons), options.no_privacy, why=WHY, instead="clip2fl"
+        )
+    private = []
+    for name in names:
+        if name not in published:
+            try:
+                load_training_method(name)
+            except ConfigError:
+                if options.method is not None:
+                    raise
+                continue
+            private.append(name)
+    return tuple(private), published
+
+
+def run(options: argparse.Namespace) -> dict[str, Any]:
+    """Everything the command line asks for; returns rows, their summary and the paths of what was written."""
+    epsilons = numbers("--epsilon", options.epsilon)
+    private, published = chosen_methods(options, epsilons)
+    settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
+    with simulation_progress(live=True) as watch:
+        tails = prepare(options, watch)
+        rows: list[dict[str, Any]] = []
+        for seed in range(options.seeds):
+            rows += run_all_published(options, tails(seed), published, settings, seed=seed, watch=watch)
+            for name in private:
+                rows += run_privately(options, tails(seed), name, epsilons, seed=seed, watch=watch)
+    order = {name: place for place, name in enumerate((*NAMES, *private))}
+    rows.sort(key=lambda row: (order[row["method"]], row["epsilon"], row["seed"]))
+    return write(options, rows, tails(0))
+
+
+def prepare(options: argparse.Namespace, watch: Watch) -> Callable[[int], LongTail]:
+    """The long-tailed records by seed."""
+    if options.features is not None:
+        source = from_features(
+            options.features,
+            train=listed(options.train),
+            test=options.test,
+            public=options.public,
+            each=options.public_each,
+            centre=options.centre,
+        )
+    else:
+        tiny = options.model == "tiny"
+        source = from_images(
+            options.data,
+            model="fedsecure-tiny" if tiny else options.model,
+            pretrained="bundled" if tiny else options.pretrained,
+            cache=options.out / "features",
+            each=options.public_each,
+            progress=lambda done, count: watch(Step(0, 1, "encoding", round=done, rounds=count)),
+        )
+
+    @cache
+    def by_seed(seed: int) -> LongTail:
+        return arrange(
+            source,
+            sites=options.sites,
+            imbalance=options.imbalance,
+            partition=f"{options.partition}:{options.alpha:g}",
+            seed=seed,
+            commonest_first=options.commonest_first,
+        )
+
+    return by_seed
+
+
+def run_all_published(
+    options: argparse.Namespace,
+    tail: LongTail,
+    names: Sequence[str],
+    settings: Settings,
+    *,
+    seed: int,
+    watch: Watch,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a seed: the methods of one trunk share its training."""
+    partition = f"{options.partition}:{options.alpha:g}"
+    if ZERO_SHOT in names:
+        yield run_zero_shot(tail, seed=seed, partition=partition)
+    trunks = list(dict.fromkeys(TRUNK_OF[name] for name in names if name != ZERO_SHOT))
+    kept = open_results(options.out / "published") if trunks else None
+    for done, trunk in enumerate(trunks):
+        assert kept is not None
+        yield from run_published(
+            tail,
+            trunk,
+            [name for name in names if TRUNK_OF.get(name) == trunk],
+            out=kept,
+            seed=seed,
+            reason=options.no_privacy,
+            partition=partition,
+            settings=settings,
+            watch=at(watch, done, len(trunks), f"{trunk}, seed {seed}"),
+        )
+
+
+def at(watch: Watch, done: int, cells: int, what: str) -> Callable[[int, int], None]:
+    return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
+
+
+def run_privately(
+    options: argparse.Namespace, tail: LongTail, name: str, epsilons: Sequence[float], *, seed: int, watch: Watch
+) -> list[dict[str, Any]]:
+    """Rows of an installed method on a seed's records, each a whole run of ``fedsecure simulate``."""
+    folder = options.out / "private" / name / f"seed-{seed}"
+    layout = lay_out_experiment(tail.experiment, folder / "layout", method=name, delta=options.delta)
+    chosen = SimulationOptions(
+        out=folder / "runs",
+        federation=layout,
+        methods=(name,),
+        noises=listed(options.noise),
+        epsilons=tuple(epsilons),
+        seeds=1,
+        delta=options.delta,
+        rounds=options.private_rounds,
+    )
+    rows = []
+    for row in simulate(chosen, watch=watch)["rows"]:
+        groups = scores_of_adapter(tail, chosen.out / "adapters" / f"{row['cell']}.safetensors")
+        partition = f"{options.partition}:{options.alpha:g}"
+        rows.append({**row, "seed": seed, "partition": partition, "groups": groups, "balanced_accuracy": groups["all"]})
+    return rows
+
+
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], tail: LongTail) -> dict[str, Any]:
+    """``results.csv`` one line a run, ``results.md`` the means, and the plot."""
+    columns = [f"{group}{where}" for where in ("", " public") for group in GROUPS]
+    flat = []
+    for row in rows:
+        shown = {group: row["groups"][group] for group in GROUPS}
+        chosen = {f"{group} public": row.get("public", {}).get(group) for group in GROUPS}
+        flat.append({**row, **shown, **chosen})
+    write_whole(options.out / "results.csv", to_csv(flat, extra=columns).encode(), mode=0o644)
+    summary = summarise(rows)
+    page = "\n".join((heading(options, tail), to_markdown(summary), by_group(flat, columns)))
+    write_whole(options.out / "results.md", page.encode(), mode=0o644)
+    image = options.out / "accuracy.png"
+    drawn = plot(summary, image)
+    return {"rows": rows, "summary": summary, "page": page, "plot": str(image) if drawn else None}
+
+
+def heading(options: argparse.Namespace, tail: LongTail) -> str:
+    given = " ".join(["python examples/clip2fl.py", *sys.argv[1:]])
+    return (
+        f"# CLIP2FL, {(options.data or options.features).name}\n\n"
+        f"`{given}`, {datetime.now(UTC).date()}, {os.cpu_count()} cores, {platform.machine()}.\n"
+        f"{tail.counts.sum()} training records, {tail.counts.max()} in the commonest class and {tail.counts.min()} in "
+        f"the rarest; {group_bounds(tail)}. {REPORTED}\n"
+        "Means ± standard deviation over seeds, last round throughout; a class counts as much as any other. What is\n"
+        "published is not private; public records may choose settings and the test set never does.\n"
+    )
+
+
+def by_group(flat: list[dict[str, Any]], columns: Sequence[str]) -> str:
+    """Mean recall by group, on the test set and on the public records."""
+    parts = [summarise([{**row, "accuracy": row.get(column)} for row in flat]) for column in columns]
+    lines = ["| method | noise | ε | KB up, a site | " + " | ".join(columns) + " |", "|" + "---|" * (4 + len(columns))]
+    for position, entry in enumerate(parts[0]):
+        cells = [entry["method"], entry["noise"], epsilon_text(entry["epsilon"]), f"{entry['bytes_up'] / 1e3:.0f}"]
+        for part in parts:
+            mean, spread = part[position]["accuracy"], part[position]["accuracy_std"]
+            cells.append("–" if mean is None else f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""))
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def main(given: Sequence[str] | None = None) -> int:
+    try:
+        result = run(arguments(given))
+    except FedsecureError as error:
+        show_error(error)
+        return 1
+    out.print(result["page"], highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

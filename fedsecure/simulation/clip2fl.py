@@ -1,0 +1,314 @@
+"""Whole runs of CLIP2FL's published training and of its baselines, without privacy, as the yardstick of an experiment.
+
+CLIP2FL (AAAI 2024), CReFF (IJCAI 2022). All sites are in one process and nothing is summed securely: the published
+training shows each class's mean gradient, so it asks for consent as the other references do. The rows have the columns
+of ``simulate``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedsecure.errors import ConfigError
+from fedsecure.learning.class_gradients import ClassGradients
+from fedsecure.simulation.folders import Part
+from fedsecure.simulation.reference import check_consent
+from fedsecure.simulation.simulate import read_row, write_row
+
+if TYPE_CHECKING:
+    from fedsecure.learning.clip2fl_reference import Branch, Records, Retrained, Schedule, Trunk
+    from fedsecure.learning.federated_features import PrototypeContrast
+    from fedsecure.simulation.longtail import LongTail, Pixels
+
+# Method → the trunk it is trained on; a trunk stands for itself.
+TRUNK_OF = {
+    "fedavg": "fedavg",
+    "fedavgm": "fedavgm",
+    "fedprox": "fedprox",
+    "feddf": "feddf",
+    "ccvr": "fedavg",
+    "fedfocal": "fedfocal",
+    "ratio-loss": "ratio-loss",
+    "tau-norm": "fedavg",
+    "creff": "fedavg",
+    "fedavg-distilled": "fedavg-distilled",
+    "creff-distilled": "fedavg-distilled",
+    "clip2fl-published": "fedavg-distilled",
+}
+_WITH_GRADIENTS = ("creff", "creff-distilled", "clip2fl-published")
+ZERO_SHOT = "zero-shot"
+NAMES = (ZERO_SHOT, *TRUNK_OF)
+WHY = (
+    "each site shows every class's mean gradient, which for a class of one record is that record's feature, and batch "
+    "normalisation couples the records of a batch"
+)
+Watch = Callable[[int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What the published training may be told; the defaults are the released program's.
+
+    Attributes:
+        students: ``resnet8`` or ``features``.
+        width, norm: of ResNet-8.
+        rounds, online, epochs, batch, rate: the schedule.
+        strength, temperature: of distillation, β and T.
+        last, each: rounds in which the side branch runs, and federated features a class.
+        matching_steps, matching_rate, retraining_epochs, retraining_rate: of the branch.
+        contrast, contrast_temperature, contrast_sum: η, τ, and whether the contrast is summed, as in the paper, or
+            averaged, as released.
+        tau: of τ-normalisation.
+    """
+
+    students: str = "features"
+    width: int = 4
+    norm: str = "batch"
+    rounds: int = 200
+    online: int = 8
+    epochs: int = 10
+    batch: int = 32
+    rate: float = 0.1
+    strength: float = 1.0
+    temperature: float = 3.0
+    last: int = 200
+    each: int = 100
+    matching_steps: int = 100
+    matching_rate: float = 0.1
+    retraining_epochs: int = 300
+    retraining_rate: float = 0.01
+    contrast: float = 0.001
+    contrast_temperature: float = 0.1
+    contrast_sum: bool = False
+    tau: float = 1.0
+
+
+def run_published(
+    tail: LongTail,
+    trunk: str,
+    names: Sequence[str],
+    *,
+    out: Path,
+    seed: int,
+    reason: str,
+    partition: str,
+    settings: Settings,
+    epsilon: float = math.inf,
+    watch: Watch = lambda *_: None,
+) -> list[dict[str, Any]]:
+    """A trunk and the methods that stand on it, in one training; taken from ``out`` where all are finished there.
+
+    Args:
+        tail: records.
+        trunk: one of ``TRUNK_OF``'s values.
+        names: methods of this trunk.
+        out: folder of results, made by :func:`fedsecure.simulation.simulate.open_results`.
+        seed: of first weights, batches and the choice of sites.
+        reason: why the data need no privacy; kept in the rows.
+        partition: what to call the way the records are shared out.
+        settings: schedule, student, branch.
+        epsilon: ∞; there for the refusal.
+        watch: called with (round, rounds).
+
+    Returns:
+        rows as of ``simulate`` in the order of ``names``, with ``groups`` on the test set and ``public`` on the public
+        records.
+
+    Raises:
+        PrivacyError: FS-1218 a private run, or no reason.
+        ModelError: FS-1690, FS-1692, FS-1694, FS-1681 settings out of range.
+        ConfigError: FS-1010 images are asked for, and there are none.
+    """
+    check_consent(epsilon, reason, why=WHY, instead="clip2fl")
+    facts = [asdict(settings), tail.experiment.digest, partition, seed]
+    keys = {name: _key([name, *facts]) for name in names}
+    kept = [read_row(out, key) for key in keys.values()]
+    if all(row is not None for row in kept):
+        return [row for row in kept if row is not None]
+    from fedsecure.learning.clip2fl_reference import predict, train
+
+    begun = time.monotonic()
+    spec, records = _records(tail, settings)
+    branches = {name: branch for name in names if (branch := _branch(name, tail, settings, seed)) is not None}
+    sites = [records[name] for name in tail.rows]
+    schedule = _schedule(settings)
+    student = train(
+        _trunk(trunk, settings),
+        spec,
+        sites,
+        schedule=schedule,
+        seed=seed,
+        public=records["public"],
+        branches=list(branches.values()),
+        watch=watch,
+    )
+    sent = 4 * sum(value.numel() for value in student.state_dict().values() if value.is_floating_point())
+    rows = []
+    for name, key in keys.items():
+        head = branches[name].classifier(student, sites) if name in branches else None
+        found = {on: predict(student, records[on].inputs, classifier=head) for on in ("test", "public")}
+        row = _row(tail, name, found, seed=seed, partition=partition, reason=reason)
+        gradients = 0
+        if name in _WITH_GRADIENTS:
+            layout = ClassGradients(len(tail.counts), int(student.head.weight.shape[1]), rows="full")
+            gradients = 4 * layout.length * min(settings.last, settings.rounds)
+        row |= {"rounds": settings.rounds, "bytes_up": sent * settings.rounds + gradients, "cell": key}
+        row["moved"] = getattr(branches.get(name), "moved", [])
+        row["wall_seconds"] = round(time.monotonic() - begun, 2)
+        write_row(out, key, row)
+        rows.append(row)
+    return rows
+
+
+def run_zero_shot(tail: LongTail, *, seed: int, partition: str) -> dict[str, Any]:
+    """The teacher by itself, as a row."""
+    from fedsecure.learning.distillation import teacher_logits
+
+    parts = {"test": tail.source.test, "public": tail.source.public}
+    found = {on: teacher_logits(part.features, tail.source.text).argmax(axis=1) for on, part in parts.items()}
+    row = _row(tail, ZERO_SHOT, found, seed=seed, partition=partition, reason="")
+    return {**row, "rounds": 0, "bytes_up": 0, "cell": "", "wall_seconds": 0.0}
+
+
+def scores_of_adapter(tail: LongTail, file: Path) -> dict[str, float | None]:
+    """``all``, ``many``, ``medium`` and ``few`` of an adapter that ``simulate`` has trained. Raises as its loader."""
+    from fedsecure.learning.artefact import load_adapter
+
+    adapter = load_adapter(file)
+    found, _ = adapter.predict(tail.source.test.features, fingerprint=adapter.metadata.fingerprint)
+    return tail.scores(found)
+
+
+def _row(
+    tail: LongTail, name: str, found: Mapping[str, Any], *, seed: int, partition: str, reason: str
+) -> dict[str, Any]:
+    from fedsecure.learning.distillation import teacher_logits
+
+    labels = tail.source.test.labels
+    groups = tail.scores(found["test"])
+    teacher = teacher_logits(tail.source.test.features, tail.source.text).argmax(axis=1)
+    return {
+        "method": name,
+        "partition": partition,
+        "noise": "none",
+        "sites": len(tail.rows),
+        "epsilon": math.inf,
+        "seed": seed,
+        "zero_shot": float((teacher == labels).mean()),
+        "accuracy": float((found["test"] == labels).mean()),
+        "balanced_accuracy": groups["all"],
+        "epsilon_spent": None,
+        "no_privacy": reason,
+        "groups": groups,
+        "public": tail.scores(found["public"], on="public"),
+    }
+
+
+def _key(facts: Sequence[Any]) -> str:
+    return hashlib.sha256(b"fedsecure/clip2fl/v1\0" + json.dumps(list(facts)).encode()).hexdigest()[:32]
+
+
+def _records(tail: LongTail, settings: Settings) -> tuple[Any, dict[str, Records]]:
+    """The student's shape, and the records of each site, ``test`` and ``public``."""
+    import torch
+
+    from fedsecure.learning.clip2fl_reference import Records
+    from fedsecure.learning.distillation import teacher_logits
+    from fedsecure.learning.students import StudentSpec, normalise
+
+    source, pixels = tail.source, tail.source.pixels
+    images = settings.students == "resnet8"
+    if images and pixels is None:
+        raise ConfigError(
+            "FS-1010",
+            "students resnet8 on a feature file",
+            expected="images (--data), or --students features",
+            cure="write --students features",
+        )
+    spec = StudentSpec(
+        settings.students,  # type: ignore[arg-type]
+        len(source.classes),
+        inputs=source.text.shape[1],
+        width=settings.width,
+        norm=settings.norm,  # type: ignore[arg-type]
+        projection=source.text.shape[1],
+    )
+
+    def made(part: Part, held: Pixels | None) -> Records:
+        inputs = normalise(held) if images and held is not None else torch.from_numpy(np.array(part.features))
+        return Records(
+            inputs,
+            torch.from_numpy(np.array(part.labels)),
+            torch.from_numpy(teacher_logits(part.features, source.text)),
+        )
+
+    found = {
+        name: made(tail.experiment.train[name], None if pixels is None else pixels["train"][rows])
+        for name, rows in tail.rows.items()
+    }
+    for name, part in (("test", source.test), ("public", source.public)):
+        found[name] = made(part, None if pixels is None else pixels[name])
+    return spec, found
+
+
+def _schedule(settings: Settings) -> Schedule:
+    from fedsecure.learning.clip2fl_reference import Schedule
+
+    return Schedule(
+        rounds=settings.rounds,
+        online=settings.online,
+        epochs=settings.epochs,
+        batch=settings.batch,
+        rate=settings.rate,
+    )
+
+
+def _trunk(name: str, settings: Settings) -> Trunk:
+    from fedsecure.learning.baselines import TRUNKS
+    from fedsecure.learning.distillation import Distillation
+
+    trunk = TRUNKS[name]
+    if trunk.distillation.strength:
+        return replace(trunk, distillation=Distillation(settings.strength, settings.temperature))
+    return trunk
+
+
+def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch | None:
+    from fedsecure.learning.baselines import TauNormalised, VirtualFeatures
+    from fedsecure.learning.classifier import Retraining
+    from fedsecure.learning.clip2fl_reference import Retrained
+    from fedsecure.learning.federated_features import Matching, PrototypeContrast
+
+    retraining = Retraining(epochs=settings.retraining_epochs, rate=settings.retraining_rate)
+
+    def retrained(contrast: PrototypeContrast | None) -> Retrained:
+        return Retrained(
+            "creff",
+            last=settings.last,
+            each=settings.each,
+            matching=Matching(settings.matching_steps, settings.matching_rate),
+            retraining=retraining,
+            contrast=contrast,
+            text=None if contrast is None else tail.source.text,
+            seed=seed,
+        )
+
+    if name == "tau-norm":
+        return TauNormalised(tau=settings.tau)
+    if name == "ccvr":
+        return VirtualFeatures(each=settings.each, retraining=retraining, seed=seed)
+    if name in ("creff", "creff-distilled"):
+        return retrained(None)
+    if name == "clip2fl-published":
+        reduction: Any = "sum" if settings.contrast_sum else "mean"
+        return retrained(PrototypeContrast(settings.contrast, settings.contrast_temperature, reduction=reduction))
+    return None

@@ -1,0 +1,165 @@
+"""The CLIP2FL example on features and on images: one command, rows of every method, resumed, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError
+from fedsecure.simulation import clip2fl
+from fedsecure.simulation.clip2fl import NAMES, TRUNK_OF, Settings, run_published
+from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
+from fedsecure.simulation.simulate import open_results
+
+FILE = Path(__file__).resolve().parents[2] / "examples" / "clip2fl.py"
+C, D = 3, 8
+QUICK = Settings(rounds=2, epochs=1, last=1, each=4, matching_steps=5, retraining_epochs=5, rate=0.05)
+SHORT = (
+    *("--rounds", "2", "--epochs", "1", "--last", "1", "--each", "4", "--matching-steps", "5"),
+    *("--retraining-epochs", "5", "--seeds", "1", "--sites", "3", "--imbalance", "4", "--alpha", "5"),
+)
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("clip2fl_example", FILE)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    generator = np.random.default_rng(0)
+    text = np.eye(C, D, dtype=np.float32)
+    arrays: dict[str, Any] = {"classes": np.array(["cat", "dog", "eel"]), "text": text}
+    for split, each in (("train", 20), ("val", 12), ("test", 10)):
+        labels = np.repeat(np.arange(C), each)
+        arrays[f"{split}_x"] = (text[labels] + 0.2 * generator.standard_normal((len(labels), D))).astype(np.float32)
+        arrays[f"{split}_y"] = labels
+    path = tmp_path_factory.mktemp("features") / "held.npz"
+    np.savez(path, **arrays)
+    return path
+
+
+def tail_of(file: Path, **changed: Any) -> LongTail:
+    source = from_features(file, train=("train", "val"), test="test", public="val", each=5)
+    given = {"sites": 3, "imbalance": 4, "partition": "equal-dirichlet:5", "seed": 0, **changed}
+    return arrange(source, **given)
+
+
+def refused(kind: type[FedsecureError], code: str, act: Any) -> None:
+    with pytest.raises(kind) as caught:
+        act()
+    assert caught.value.code == code
+
+
+def test_public_records_are_in_no_other_part(file: Path) -> None:
+    tail = tail_of(file)
+    assert len(tail.source.public) == 5 * C
+    assert len(tail.source.train) == (20 + 12 - 5) * C
+    held = {row.tobytes() for row in tail.source.train.features}
+    assert not held & {row.tobytes() for row in tail.source.public.features}
+    assert tail.counts.tolist() == [27, 13, 6]
+    assert sum(len(part) for part in tail.experiment.train.values()) == 46
+    # The usual bounds would leave a group empty, so classes are taken in thirds.
+    assert [members.tolist() for members in tail.groups.values()] == [[0], [1], [2]]
+    assert "thirds" in group_bounds(tail)
+
+
+def test_the_order_of_the_tail_follows_the_seed_where_classes_are_equal(file: Path) -> None:
+    counts = {tuple(tail_of(file, commonest_first=True, seed=seed).counts.tolist()) for seed in range(6)}
+    assert len(counts) > 1
+    assert {tuple(sorted(one)) for one in counts} == {(6, 13, 27)}
+
+
+def test_bad_experiments(file: Path, tmp_path: Path) -> None:
+    for partition in ("equal-dirichlet", "dirichlet:x", "quantity:1", "iid:1"):
+        refused(ConfigError, "FS-1010", lambda p=partition: tail_of(file, partition=p))
+    refused(DataError, "FS-1160", lambda: tail_of(file, imbalance=1000))
+    refused(DataError, "FS-1168", lambda: from_features(file, train=("train",), test="test", public="val", each=13))
+    refused(DataError, "FS-1167", lambda: from_images(tmp_path, model="a", pretrained="b", cache=tmp_path))
+
+    def run(**changed: Any) -> Any:
+        given = {"seed": 0, "reason": "public", "partition": "p", "settings": QUICK, **changed}
+        return run_published(tail_of(file), "fedavg", ["fedavg"], out=open_results(tmp_path / "out"), **given)
+
+    refused(PrivacyError, "FS-1218", lambda: run(epsilon=8.0))
+    refused(PrivacyError, "FS-1218", lambda: run(reason=" "))
+    refused(ConfigError, "FS-1010", lambda: run(settings=replace(QUICK, students="resnet8")))
+
+
+def test_every_published_method_in_one_command_that_resumes(
+    example: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "inf", *SHORT]
+    given += ["--method", ",".join(NAMES)]
+    assert example.main(given) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["method"] for row in rows] == list(NAMES)
+    for row in rows:
+        for column in ("all", "many", "medium", "few", "all public"):
+            assert 0 <= float(row[column]) <= 1
+        # The test set is balanced.
+        assert float(row["all"]) == pytest.approx(float(row["accuracy"]))
+    page = (out / "results.md").read_text(encoding="utf-8")
+    assert "27.72" in page
+    assert "| clip2fl-published |" in page
+
+    def never(*_: Any, **__: Any) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr("fedsecure.learning.clip2fl_reference.train", never)
+    assert example.main(given) == 0
+    assert example.main([*given, "--rounds", "3", "--epsilon", "8"]) == 1
+    assert "FS-1218" in capsys.readouterr().err
+
+
+def test_a_private_run_beside_them(example: ModuleType, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "8", *SHORT]
+    assert example.main([*given, "--method", "linear", "--private-rounds", "2"]) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert row["method"] == "linear"
+    assert float(row["epsilon_spent"]) <= 8
+    # What simulate counted on the test site is what its adapter scores.
+    assert float(row["all"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
+
+
+def test_images(example: ModuleType, tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    for split, each in (("train", 8), ("test", 3), ("public", 2)):
+        for place, name in enumerate(("cat", "dog")):
+            folder = tmp_path / "data" / split / name
+            folder.mkdir(parents=True)
+            for i in range(each):
+                pixels = generator.integers(90 * place, 90 * place + 90, (32, 32, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+    out = tmp_path / "out"
+    given = ["--data", str(tmp_path / "data"), "--students", "resnet8", "--width", "1", "--out", str(out), *SHORT]
+    given += ["--epsilon", "inf", "--method", "fedavg,clip2fl-published", "--imbalance", "2"]
+    assert example.main(given) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        assert [row["method"] for row in csv.DictReader(stream)] == ["fedavg", "clip2fl-published"]
+
+
+def test_every_method_has_a_trunk() -> None:
+    from fedsecure.learning.baselines import TRUNKS
+
+    assert set(TRUNK_OF.values()) == set(TRUNKS)
+    assert set(clip2fl._WITH_GRADIENTS) <= set(TRUNK_OF)
