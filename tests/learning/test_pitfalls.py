@@ -166,6 +166,28 @@ def test_p03_a_record_of_nan_counts_for_nothing(engine: Any, kind: str) -> None:
         assert np.allclose(found, rest, rtol=1e-12, atol=1e-15)
 
 
+class Exploding(nn.Module):
+    """Finite features, and no finite loss for large ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(D, K)
+
+    def forward(self, features: torch.Tensor) -> Any:
+        return self.head(torch.exp(features))
+
+
+def test_p03_a_record_that_overflows_on_its_way_counts_for_nothing() -> None:
+    task, values = own(Exploding)
+    good = rows(7, records=2)
+    hurt = UnitFeatures(good.features.copy(), good.labels, good.mask)
+    hurt.features[3, 1, 2] = 1e6
+    found = clipped_sum(task, values, hurt, max_grad_norm=0.1, device="cpu")
+    rest = clipped_sum(task, values, good.select(np.arange(7) != 3), max_grad_norm=0.1, device="cpu")
+    assert rest.any()
+    assert np.allclose(found, rest, rtol=1e-12, atol=1e-15)
+
+
 def test_p03_poisoned_parameters_give_zeros_not_nan() -> None:
     task, start = head()
     found = clipped_sum(task, {"D": np.full((K, D), np.nan)}, rows(5), max_grad_norm=0.1, device="cpu")
@@ -395,11 +417,16 @@ def balanced(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, labels) / counts[labels]
 
 
+def positives(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """By how many of the others have one label: neither their features nor their number matter."""
+    return cross_entropy(logits, labels) / (1 + (labels == 1).sum())
+
+
 def averaged(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return cross_entropy(logits, labels) / len(logits)
 
 
-@pytest.mark.parametrize("loss", [contrastive, prototypes, mixed, balanced, averaged])
+@pytest.mark.parametrize("loss", [contrastive, prototypes, mixed, balanced, positives, averaged])
 def test_p10_losses_that_couple_units_are_refused(loss: Any) -> None:
     """By features, by labels, or by how many there are."""
     refused("FS-1236", lambda: nn.Linear(D, K), loss)
