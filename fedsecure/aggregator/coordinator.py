@@ -240,9 +240,14 @@ class Coordinator:
         self._account.save(self._round, self._progress)
         self._round, self._number, self._waiting_since = self._round + 1, 0, now
         if self._schedule.due(self._progress):
-            file, seconds = self.config.encoder_file, self.settings.rounds.training_seconds
-            state = self._progress.state
-            self._worker = StepWorker(self.settings, state, encoder_file=file, deadline=now + seconds)
+            config = self.config
+            self._worker = StepWorker(
+                self.settings,
+                self._progress.state,
+                encoder_file=config.encoder_file,
+                target_file=config.target_file,
+                deadline=now + config.rounds.training_seconds,
+            )
         return True
 
     def _compute(self, worker: StepWorker, now: float) -> bool:

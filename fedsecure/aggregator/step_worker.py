@@ -49,6 +49,7 @@ class StepWorker:
         settings: of the run; its method has something to compute.
         state: where it starts.
         encoder_file: the aggregator's copy of the encoder's weights or of the feature file, for the class texts.
+        target_file: its copy of the target that the run aligns with.
         deadline: the ``now`` at which it counts as failed.
 
     Raises:
@@ -56,10 +57,20 @@ class StepWorker:
     """
 
     def __init__(
-        self, settings: RunSettings, state: ServerState, *, encoder_file: Path | None, deadline: float
+        self,
+        settings: RunSettings,
+        state: ServerState,
+        *,
+        deadline: float,
+        encoder_file: Path | None = None,
+        target_file: Path | None = None,
     ) -> None:
         self._deadline = deadline
-        facts = {"settings": settings.canonical(), "encoder_file": str(encoder_file) if encoder_file else None}
+        facts = {
+            "settings": settings.canonical(),
+            "encoder_file": str(encoder_file) if encoder_file else None,
+            "target_file": str(target_file) if target_file else None,
+        }
         self._files = ExitStack()
         self._answer = self._files.enter_context(_nameless())
         self._errors = self._files.enter_context(_nameless())
@@ -164,14 +175,14 @@ def unpack(file: IO[bytes]) -> tuple[ServerState, Mapping[str, Any]]:
 def compute(file: IO[bytes]) -> bytes:
     """What the child does: a packed state in, a packed state out, or the error of fedsecure that came up."""
     from fedsecure.learning.features import load_site_features
+    from fedsecure.methods.constants import with_target
 
     state, about = unpack(file)
     settings = RunSettings.parse(about["settings"])
-    copy = about["encoder_file"]
+    copy, target = (Path(about[name]) if about.get(name) else None for name in ("encoder_file", "target_file"))
     try:
-        features = load_site_features(
-            settings.encoder, settings.classes, file=Path(copy) if copy else None, device="cpu"
-        )
+        features = load_site_features(settings.encoder, settings.classes, file=copy, device="cpu")
+        features = with_target(settings, features, target)
         method = cast(ComputingMethod, load_method(settings.method.name))
         return pack(method.compute(settings, state, features), {})
     except FedsecureError as error:

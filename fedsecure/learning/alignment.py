@@ -12,7 +12,9 @@ depends on one record, which differential privacy can clip.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +22,9 @@ import torch
 from torch import Tensor
 
 from fedsecure.errors import ModelError
+from fedsecure.learning.adapters import Float32
+from fedsecure.learning.modules import FeatureAdapter, build_module, centred_inputs
+from fedsecure.learning.task import HeadTask, unit_rows
 
 KERNELS = 5
 LARGEST_CLASS_WEIGHT = 3.0
@@ -205,6 +210,112 @@ def witness(
     difference = -aim if source is None else source - aim
     weights = strength * 2 * KERNELS * np.minimum(1 / (classes * shares), LARGEST_CLASS_WEIGHT)
     return Witness(features=features, difference=difference, weights=weights)
+
+
+def witness_of(
+    task: HeadTask,
+    tensors: Mapping[str, Any],
+    *,
+    target: Float32,
+    source: npt.NDArray[Any] | None,
+    frequencies: Float64,
+    strength: float,
+) -> Witness:
+    """The witness of a round, from released and public values alone (facmic.md §5.4-4 and 5).
+
+    Target features are the raw ones, as in the released program; their soft labels are those of the round's adapter.
+    Source embeddings are those of adapted class prototypes, each as much as it can be trusted.
+
+    Args:
+        task: an adapter of features, and its constants.
+        tensors: the round's adapter.
+        target: (m, d) public features.
+        source: (K, d) released prototypes of centred unit features, of length at most 1; None attracts only.
+        frequencies: of :func:`frequencies_of`.
+        strength: λ > 0.
+    """
+    features = FourierFeatures(frequencies)
+    module, raw, logits = _adapted(task, tensors, target)
+    classes = task.spec.classes
+    embedded = None
+    if source is not None:
+        length = np.linalg.norm(np.asarray(source, np.float64), axis=1, keepdims=True)
+        with torch.no_grad():
+            moved = module.from_inputs(torch.from_numpy(unit_rows(np.asarray(source, np.float64))))
+        embedded = length * features.of(moved.numpy())
+    return witness(
+        features,
+        source=embedded,
+        target=raw,
+        probabilities=torch.softmax(logits, dim=-1).numpy(),
+        shares=np.full(classes, 1 / classes),
+        strength=strength,
+    )
+
+
+def negatives_of(task: HeadTask, tensors: Mapping[str, Any], *, target: Float32) -> Float64:
+    """(K,): log Σ exp(logit of class c) over the target's images that the adapter takes for another class; −∞ → −1e30.
+
+    What stands for the other images of a batch in the image's row of the text-to-image half (facmic.md §5.4-2), with
+    public images, so that a record meets no other record.
+    """
+    _, _, logits = _adapted(task, tensors, target)
+    mine = torch.nn.functional.one_hot(logits.argmax(-1), task.spec.classes).bool()
+    totals = torch.logsumexp(logits.masked_fill(mine, -torch.inf), dim=0)
+    return np.asarray(totals.clamp_min(-1e30).numpy(), np.float64)
+
+
+def align(
+    task: HeadTask,
+    tensors: Mapping[str, Any],
+    *,
+    target: Float32,
+    source: npt.NDArray[Any],
+    frequencies: Float64,
+    strength: float,
+    step: float,
+) -> dict[str, Float32]:
+    """One alignment step on the prototypes alone, of length at most ``step``: post-processing (facmic.md §5.4-8).
+
+    Args:
+        task, tensors, target, source, frequencies, strength: as for :func:`witness_of`.
+        step: how far a gradient of length 1 or more leads.
+    """
+    found = witness_of(task, tensors, target=target, source=source, frequencies=frequencies, strength=strength)
+    rows = np.asarray(source, np.float64)
+    trusted = torch.from_numpy(np.linalg.norm(rows, axis=1))
+    module, _, _ = _adapted(task, tensors, target)
+    adapted = module.from_inputs(torch.from_numpy(unit_rows(rows)))
+    losses = found.loss(adapted, torch.arange(task.spec.classes))
+    parts = torch.autograd.grad((trusted * losses).mean(), list(module.parameters()))
+    length = float(torch.sqrt(torch.stack([part.square().sum() for part in parts]).sum()))
+    moved = zip(task.spec.shapes, module.parameters(), parts, strict=True)
+    return {name: (value - step / max(1.0, length) * part).detach().float().numpy() for name, value, part in moved}
+
+
+def frequencies_of(task: HeadTask, target: Float32, *, count: int, seed: int) -> Float64:
+    """(count, d) frequencies for the target's own bandwidths; everybody draws the same."""
+    rows = centred_rows(task, target)
+    total = len(rows)
+    # Σ over ordered pairs of ‖a − b‖², without the pairs.
+    spread = 2 * (total * float(np.square(rows).sum()) - float(np.square(rows.sum(axis=0)).sum()))
+    widths = bandwidths(spread / (total * total - total))
+    return FourierFeatures.draw(widths, dimension=rows.shape[1], count=count, seed=seed).frequencies
+
+
+def centred_rows(task: HeadTask, features: npt.NDArray[Any]) -> Float64:
+    """a = unit(unit(x) − centre) for (n, d) features, float64."""
+    return np.asarray(centred_inputs(task, torch.from_numpy(np.asarray(features, np.float64))).numpy())
+
+
+def _adapted(task: HeadTask, tensors: Mapping[str, Any], target: Float32) -> tuple[FeatureAdapter, Float64, Tensor]:
+    """The round's adapter in float64, the target's (m, d) raw unit features, and its (m, K) logits."""
+    module = build_module(task, tensors, device=torch.device("cpu"), dtype=torch.float64).eval()
+    assert isinstance(module, FeatureAdapter), "a task refuses alignment where nothing is adapted"
+    raw = centred_rows(task, target)
+    with torch.no_grad():
+        logits = module.from_inputs(torch.from_numpy(raw)) @ module.prior.T
+    return module, raw, logits
 
 
 def _unusable(found: str, expected: str) -> ModelError:

@@ -40,6 +40,7 @@ class SiteFeatures:
         preprocessing: facts for the adapter's metadata.
         encoder: None for precomputed features.
         pixels: what makes a record's row in place of the encoder, for methods that train inside the visual tower.
+        target: (m, d) public, unlabelled features to align with, where the run has any.
     """
 
     text: Float32
@@ -49,6 +50,7 @@ class SiteFeatures:
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     encoder: Encoder | None = None
     pixels: PixelRows | None = None
+    target: Float32 | None = None
 
     @property
     def width(self) -> int:

@@ -19,15 +19,34 @@ def _aims(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
 
 
 def classification_loss(objective: Objective, logits: Tensor, labels: Tensor) -> Tensor:
-    """Σ_k −q_k (1 − p_k)^γ log p_k with q the smoothed label: (…,) for (…, K) logits and (…,) labels."""
+    """Σ_k −q_k (1 − p_k)^γ log p_k with q the smoothed label, and −log e^{s_y}/(e^{s_y} + Σ_j e^{s_jy}) with public
+    images j where there are any: (…,) for (…, K) logits and (…,) labels."""
     logs = torch.log_softmax(logits, dim=-1)
     aims = _aims(logits, labels, objective.smoothing)
     focus = (1 - logs.exp()) ** objective.focal if objective.focal else 1.0
-    return -(aims * focus * logs).sum(-1)
+    loss = -(aims * focus * logs).sum(-1)
+    if objective.negatives is not None:
+        loss = loss + objective.negatives.strength * functional.softplus(_beyond(objective, logits, labels))
+    return loss
+
+
+def _beyond(objective: Objective, logits: Tensor, labels: Tensor) -> Tensor:
+    """How far the public images of other classes together are above the record, in its class's logit: (…,)."""
+    assert objective.negatives is not None
+    totals = torch.as_tensor(objective.negatives.totals).to(logits)
+    return totals[labels] - logits.gather(-1, labels[..., None])[..., 0]
 
 
 def classification_slope(objective: Objective, logits: Tensor, labels: Tensor) -> Tensor:
     """∂/∂logits of :func:`classification_loss`: (…, K)."""
+    slope = _label_slope(objective, logits, labels)
+    if objective.negatives is not None:
+        push = -objective.negatives.strength * torch.sigmoid(_beyond(objective, logits, labels))
+        slope.scatter_add_(-1, labels[..., None], push[..., None])
+    return slope
+
+
+def _label_slope(objective: Objective, logits: Tensor, labels: Tensor) -> Tensor:
     if not (objective.focal or objective.smoothing):
         error = torch.softmax(logits, dim=-1)
         error.scatter_add_(-1, labels[..., None], -torch.ones_like(error[..., :1]))

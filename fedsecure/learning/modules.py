@@ -114,7 +114,11 @@ class FeatureAdapter(_Head):
 
     def adapt(self, features: Tensor) -> Tensor:
         """z: unit rows for (…, d) features."""
-        return functional.normalize(self.mixed(centred_inputs(self.task, features)), dim=-1, eps=TINY)
+        return self.from_inputs(centred_inputs(self.task, features))
+
+    def from_inputs(self, inputs: Tensor) -> Tensor:
+        """z for unit inputs a, (…, d), that are centred already."""
+        return functional.normalize(self.mixed(inputs), dim=-1, eps=TINY)
 
     def forward(self, features: Tensor) -> Tensor:
         logits: Tensor = self.adapt(features) @ self.prior.T

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedsecure.errors import ModelError
+from fedsecure.learning.adapters import Vector
 
 if TYPE_CHECKING:
     from fedsecure.learning.alignment import Witness
@@ -32,6 +33,19 @@ class Contrast:
     previous: Mapping[str, Any]
     strength: float = 1.0
     temperature: float = 0.5
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Negatives:
+    """FACMIC's text-to-image half with public images for a batch (facmic.md §5.4-2), per record.
+
+    Attributes:
+        totals: (K,) float64, log Σ exp(logit of the class) over public images of other classes.
+        strength: ≥ 0.
+    """
+
+    totals: Vector
+    strength: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +83,7 @@ class Objective:
         smoothing: share of the label spread evenly over the classes, in [0, 1).
         alignment: FACMIC's local maximum mean discrepancy in its witness form, or None.
         contrast: MOON's contrast, or None.
+        negatives: FACMIC's text-to-image half against public images, or None.
         distillation: from the run's own zero-shot logits, which are a constant of the record; or None.
 
     Raises:
@@ -80,6 +95,7 @@ class Objective:
     alignment: Witness | None = None
     contrast: Contrast | None = None
     distillation: Distillation | None = None
+    negatives: Negatives | None = None
 
     def __post_init__(self) -> None:
         focal, smoothing = self.focal, self.smoothing
@@ -94,7 +110,7 @@ class Objective:
     @property
     def plain(self) -> bool:
         """Cross-entropy and nothing else."""
-        return not (self.focal or self.smoothing or self.of_features or self.distillation)
+        return not (self.focal or self.smoothing or self.of_features or self.distillation or self.negatives)
 
     @property
     def of_features(self) -> bool:

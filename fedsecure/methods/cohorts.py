@@ -6,7 +6,7 @@ The aggregator and every site compute both from the same settings.
 from __future__ import annotations
 
 from fedsecure.config import RunSettings
-from fedsecure.errors import IdentityError
+from fedsecure.errors import ConfigError, IdentityError
 from fedsecure.identity.roster import Roster
 from fedsecure.methods.base import Cohort
 from fedsecure.secagg.thresholds import Thresholds
@@ -49,3 +49,14 @@ def check_roles(settings: RunSettings, roster: Roster) -> None:
                 expected="no more than the role in the signed roster",
                 cure="enrol the site with that role, or correct its entry under [sites]",
             )
+
+
+def refuse_target(settings: RunSettings) -> None:
+    """Refuse a target to align with, for methods that would ignore it: ConfigError FS-1018."""
+    if settings.method.alignment.target:
+        raise ConfigError(
+            "FS-1018",
+            f"method {settings.method.name!r} with [method.alignment]",
+            expected="the method facmic: it alone aligns with a target",
+            cure='leave [method.alignment] out, or set name = "facmic" under [method]',
+        )

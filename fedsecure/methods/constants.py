@@ -8,22 +8,29 @@ from pathlib import Path
 from fedsecure.config import RunSettings
 from fedsecure.learning.engines import EngineName, choose_engine
 from fedsecure.learning.features import Inputs, SiteFeatures, load_site_features
+from fedsecure.learning.targets import read_target
 from fedsecure.methods.registry import load_training_method
 
 
 def run_constants(
-    settings: RunSettings, *, file: Path | None, device: str = "auto", engine: EngineName = "auto"
+    settings: RunSettings,
+    *,
+    file: Path | None,
+    target: Path | None = None,
+    device: str = "auto",
+    engine: EngineName = "auto",
 ) -> SiteFeatures:
     """Encoder, class texts and public mean of a run, and the method's task built once with them; no record is read.
 
     Args:
         settings: of the run.
         file: the site's own copy of the weights, or of the feature file.
+        target: the site's own copy of the target to align with.
         device, engine: the site's.
 
     Raises:
-        ModelError: FS-1637 an engine that cannot train the method's module; others as
-            :func:`fedsecure.learning.features.load_site_features` and the method's task say.
+        ModelError: FS-1637 an engine that cannot train the method's module, FS-1676 a target that is not the run's;
+            others as :func:`fedsecure.learning.features.load_site_features` and the method's task say.
         EnvironmentProblem: FS-1816 a package that the method needs is missing.
     """
     method = load_training_method(settings.method.name)
@@ -33,5 +40,18 @@ def run_constants(
         from fedsecure.vision.pixels import PixelRows
 
         features = replace(features, pixels=PixelRows(features.encoder))
+    alignment = settings.method.alignment
+    # A site that neither aligns nor has a copy does without: then only the aggregator looks at it.
+    if target is not None or alignment.at == "sites" or alignment.negatives > 0:
+        features = with_target(settings, features, target)
     choose_engine(engine, method.task(settings, features))
     return features
+
+
+def with_target(settings: RunSettings, features: SiteFeatures, target: Path | None) -> SiteFeatures:
+    """The constants with the target that the run aligns with, if it does; ModelError FS-1676."""
+    digest = settings.method.alignment.target
+    if not digest:
+        return features
+    rows = read_target(target, digest=digest, fingerprint=features.fingerprint, dimension=features.dimension)
+    return replace(features, target=rows)

@@ -13,7 +13,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
-from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.cohorts import cohort_of, refuse_target
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import Privacy, PrivacyPlan
 from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
@@ -48,6 +48,7 @@ class AdapterDescent:
         proximal: ρ of FedProx's term (:func:`fedsecure.learning.training.train_locally`).
         contrast: μ of MOON's term; a site keeps its last adapter for it.
         local_only: why it runs with ``noise = "local"`` only; empty: it runs with either.
+        aligns: whether it knows what to do with ``method.alignment``.
     """
 
     name: str
@@ -57,6 +58,7 @@ class AdapterDescent:
     proximal: float = 0.0
     contrast: float = 0.0
     local_only: str = ""
+    aligns: ClassVar[bool] = False
 
     # --- the aggregator's half --------------------------------------------------------------------------------------
 
@@ -162,8 +164,11 @@ class AdapterDescent:
         """The run's privacy plan; the aggregator and every site compute the same.
 
         Raises:
-            ConfigError: FS-1016 distributed noise for a method that is made of local steps.
+            ConfigError: FS-1016 distributed noise for a method that is made of local steps, FS-1018 a target to
+                align with for a method that does not.
         """
+        if not self.aligns:
+            refuse_target(settings)
         if self.local_only and settings.privacy.noise != "local":
             raise ConfigError(
                 "FS-1016",

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedsecure.config import RunSettings
 from fedsecure.learning.evaluation import COUNT_SENSITIVITY, accuracy, balanced_accuracy, counts
+from fedsecure.learning.targets import check_apart
 from fedsecure.messages import Aggregate, Answer, Event, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.registry import load_training_method
@@ -84,6 +85,8 @@ class Evaluation:
         units = release.units("evaluation")
         if units is None:
             return Answer(values={"counts": np.zeros(2 * classes)}, units={"counts": 0}), state
+        if release.features.target is not None and not settings.method.alignment.transductive:
+            check_apart(release.features.target, units)
         trained = load_training_method(settings.method.name)
         task = trained.task(settings, release.features)
         hits, totals = counts(task, inputs, units)

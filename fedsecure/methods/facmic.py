@@ -1,12 +1,202 @@
-"""FACMIC's feature attention module, trained in its DP-valid form.
+"""FACMIC's feature attention module, trained in its DP-valid form, with its domain alignment where there is a target.
 
 Wu, Desrosiers, Chaddad: FACMIC, MICCAI 2024 (arXiv 2410.14707). Per-sample cross-entropy against fixed text embeddings
 instead of the in-batch loss, LayerNorm instead of BatchNorm, and an output layer that starts at zero, so that
-round 0 equals zero-shot CLIP. The domain alignment is not part of it.
+round 0 equals zero-shot CLIP (facmic.md §5.4).
+
+``method.alignment`` adds the local discrepancy to a public target as a witness, one loss a record: sites compute it
+from the round's adapter, the target and, with ``prototypes``, class prototypes of the sources, which the first
+round releases in place of a gradient and at its price. With ``at = "aggregator"`` the sites train on the
+labels alone and the aggregator takes as many alignment steps after the last sum, on prototypes and target.
 """
 
 from __future__ import annotations
 
-from fedsecure.methods.descent import AdapterDescent
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
-METHOD = AdapterDescent(name="facmic", version="1", kind="facmic")
+import numpy as np
+
+from fedsecure.config import RunSettings
+from fedsecure.learning.adapters import Float32, Vector
+from fedsecure.learning.features import SiteFeatures
+from fedsecure.learning.moments import Moments, moment_sum, read_moments
+from fedsecure.learning.objective import Negatives
+from fedsecure.learning.task import HeadTask, unit_rows
+from fedsecure.messages import Aggregate, Answer, Segment, SiteState
+from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
+from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.descent import DELTA_GRID, AdapterDescent
+from fedsecure.privacy.grid import distributed_segment, exact_segment
+from fedsecure.privacy.plan import PrivacyPlan
+
+PROTOTYPES = "prototypes"
+PURPOSE = "class prototypes"
+# A tensor beside the adapter's: prototypes as unit rows, times how far their noise lets them be trusted.
+SOURCE = "alignment.source"
+_ALIGNED = "aligned"
+FREQUENCIES = 128
+
+
+@dataclass(frozen=True, slots=True)
+class Facmic(AdapterDescent):
+    """Descent on the attention module, aligned if the settings say so."""
+
+    aligns: ClassVar[bool] = True
+
+    # --- the aggregator's half --------------------------------------------------------------------------------------
+
+    def start(self, settings: RunSettings, cohort: Cohort) -> ServerState:
+        if settings.method.alignment.prototypes:
+            self.prototypes_segment(settings, cohort, self.plan(settings, cohort))
+        return AdapterDescent.start(self, settings, cohort)
+
+    def ask(self, settings: RunSettings, cohort: Cohort, state: ServerState) -> Ask | None:
+        ask = AdapterDescent.ask(self, settings, cohort, state)
+        if ask is None or not settings.method.alignment.prototypes:
+            return ask
+        if state.step == 0:
+            segment = self.prototypes_segment(settings, cohort, self.plan(settings, cohort))
+            events = tuple(replace(event, purpose=PURPOSE, steps=1) for event in ask.events)
+            return replace(ask, segments=(segment,), events=events)
+        if settings.method.alignment.at == "aggregator":
+            return ask
+        # Zeros where a site works out the question from the start: its name and shape are what counts there.
+        source = state.tensors.get(SOURCE, np.zeros(self._layout(settings)[:2], np.float32))
+        return replace(ask, inputs={**ask.inputs, SOURCE: source})
+
+    def absorb(self, settings: RunSettings, cohort: Cohort, state: ServerState, aggregate: Aggregate) -> ServerState:
+        if not settings.method.alignment.prototypes:
+            return AdapterDescent.absorb(self, settings, cohort, state, aggregate)
+        if state.step == 0:
+            source = self._read_prototypes(settings, cohort, aggregate.values[PROTOTYPES])
+            return replace(state, step=1, tensors={**state.tensors, SOURCE: source})
+        following = AdapterDescent.absorb(self, settings, cohort, state, aggregate)
+        over = following.step == settings.method.rounds and settings.method.alignment.at == "sites"
+        return following if over else replace(following, tensors={**following.tensors, SOURCE: state.tensors[SOURCE]})
+
+    def due(self, settings: RunSettings, state: ServerState) -> bool:
+        """After the last sum, where the aggregator aligns."""
+        last = state.step == settings.method.rounds
+        return settings.method.alignment.at == "aggregator" and last and _ALIGNED not in state.facts
+
+    def compute(self, settings: RunSettings, state: ServerState, features: SiteFeatures) -> ServerState:
+        """As many alignment steps as the sites took, each no longer than a step on which all units agree."""
+        from fedsecure.learning.alignment import align
+
+        _, cohort = cohort_of(settings, trainers_only=True)
+        rate, _ = self.rate(settings, cohort)
+        spec = self.spec(settings)
+        task = self.task(settings, features)
+        tensors: Mapping[str, Tensor] = {name: state.tensors[name] for name in spec.shapes}
+        for _ in range(settings.method.rounds):
+            tensors = align(
+                task,
+                tensors,
+                target=_target_of(features),
+                source=state.tensors[SOURCE],
+                frequencies=_frequencies(settings, task, features),
+                strength=settings.method.alignment.weight,
+                step=rate * settings.privacy.max_grad_norm,
+            )
+        return ServerState(state.step, tensors, {**state.facts, _ALIGNED: True})
+
+    # --- a site's half ----------------------------------------------------------------------------------------------
+
+    def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
+        settings = release.settings
+        own = {name: inputs[name] for name in self.spec(settings).shapes}
+        if release.query.segments[0].name == PROTOTYPES:
+            return self._answer_prototypes(release), state
+        aligned = self._aligned(settings, release.features, own, inputs.get(SOURCE))
+        return AdapterDescent.answer(aligned, own, state, release)
+
+    def _answer_prototypes(self, release: Release) -> Answer:
+        settings = release.settings
+        units = release.units("train")
+        assert units is not None, "only training sites are asked"
+        norm = settings.privacy.max_grad_norm
+        drawn = units
+        if release.query.events[0].sampling_rate < 1:
+            drawn = units.select(release.sample(len(units)))
+        values = norm * moment_sum(self.task(settings, release.features), drawn, Moments(*self._layout(settings)))
+        if settings.privacy.noise == "local":
+            values = release.privatise(values, norm) / sum(settings.declared_units().values())
+        return Answer(values={PROTOTYPES: values}, units={PROTOTYPES: len(drawn)})
+
+    def _aligned(
+        self, settings: RunSettings, features: SiteFeatures, adapter: Mapping[str, Tensor], source: Tensor | None
+    ) -> Facmic:
+        """This method with the round's objective, of released and public values alone."""
+        alignment, objective = settings.method.alignment, self.objective
+        if alignment.weight > 0 and alignment.at == "sites":
+            from fedsecure.learning.alignment import witness_of
+
+            task = self.task(settings, features)
+            witness = witness_of(
+                task,
+                adapter,
+                target=_target_of(features),
+                source=source,
+                frequencies=_frequencies(settings, task, features),
+                strength=alignment.weight,
+            )
+            objective = replace(objective, alignment=witness)
+        if alignment.negatives > 0:
+            from fedsecure.learning.alignment import negatives_of
+
+            totals = negatives_of(self.task(settings, features), adapter, target=_target_of(features))
+            objective = replace(objective, negatives=Negatives(totals, strength=alignment.negatives))
+        return replace(self, objective=objective)
+
+    # --- what both halves compute alike from public numbers ---------------------------------------------------------
+
+    def prototypes_segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan) -> Segment:
+        """The layout of the prototypes' vector: class sums and two counts, as in one release.
+
+        Raises:
+            PrivacyError: FS-1206, FS-1211 the ring does not hold them.
+        """
+        length = Moments(*self._layout(settings)).length
+        if settings.privacy.noise == "local":
+            return exact_segment(PROTOTYPES, length, grid=DELTA_GRID, sites=cohort.sites)
+        return distributed_segment(
+            PROTOTYPES,
+            length,
+            clip_norm=settings.privacy.max_grad_norm,
+            noise_multiplier=plan.noise_multiplier,
+            honest=cohort.honest,
+            sites=cohort.sites,
+            units=max(settings.declared_units().values()),
+        )
+
+    def _layout(self, settings: RunSettings) -> tuple[int, int]:
+        return len(settings.classes), settings.encoder.dimension
+
+    def _read_prototypes(self, settings: RunSettings, cohort: Cohort, values: Vector) -> Float32:
+        scale = sum(settings.declared_units().values()) if settings.privacy.noise == "local" else 1
+        layout = Moments(*self._layout(settings))
+        noise = self.plan(settings, cohort).sum_noise_multiplier
+        found = read_moments(values * (scale / settings.privacy.max_grad_norm), layout, noise=noise)
+        squares = np.square(found.class_sums).sum(axis=1, keepdims=True)
+        # Of a row's squared length its noise makes d·σ²: what is left of it is the share to be trusted.
+        trusted = np.clip(1 - layout.dimension * found.class_noise**2 / np.maximum(squares, 1e-300), 0.0, 1.0)
+        return np.asarray(unit_rows(found.class_sums) * np.sqrt(trusted), np.float32)
+
+
+def _target_of(features: SiteFeatures) -> Float32:
+    assert features.target is not None, "settings that align have a target, which is read at joining"
+    return features.target
+
+
+def _frequencies(settings: RunSettings, task: HeadTask, features: SiteFeatures) -> Vector:
+    """The same at every site: from the target's own spread, and a seed of the federation's name."""
+    from fedsecure.learning.alignment import frequencies_of
+
+    seed = int.from_bytes(hashlib.sha256(b"fedsecure/alignment/v1\0" + settings.name.encode()).digest()[:8], "big")
+    return frequencies_of(task, _target_of(features), count=FREQUENCIES, seed=seed)
+
+
+METHOD = Facmic(name="facmic", version="2", kind="facmic")

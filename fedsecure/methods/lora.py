@@ -38,4 +38,4 @@ class Lora(TowerDescent):
         return lora_task(network, spec=self.spec(settings), head=self.zero_shot(settings, features))
 
 
-METHOD = Lora(name="lora", version="1", kind="linear", longest=20.0, caution=3.0)
+METHOD = Lora(name="lora", version="1", kind="linear", longest=20.0, caution=12.0)

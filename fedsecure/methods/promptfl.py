@@ -56,4 +56,4 @@ class PromptFL(TowerDescent):
         return prompt_task(encoder.network, prompts, spec=spec, head=self.zero_shot(settings, features))
 
 
-METHOD = PromptFL(name="promptfl", version="1", kind="linear", longest=40.0, caution=3.0)
+METHOD = PromptFL(name="promptfl", version="1", kind="linear", longest=40.0, caution=6.0)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsecure.config import PrivacyConfig, RunSettings, parse_settings, read_toml
+from fedsecure.config import AGGREGATOR_KEYS, PrivacyConfig, RunSettings, parse_settings, read_toml
 from fedsecure.errors import ConfigError, PrivacyError
 from fedsecure.learning.adapters import AdapterSpec
 from fedsecure.learning.moments import Moments
@@ -122,7 +122,7 @@ class Numbers:
             ConfigError: FS-1001 to FS-1003, as the file deserves.
         """
         raw = read_toml(Path(file))
-        raw = {key: value for key, value in raw.items() if key not in ("listen", "state", "identity")}
+        raw = {key: value for key, value in raw.items() if key not in AGGREGATOR_KEYS}
         if isinstance(raw.setdefault("encoder", {}), dict):
             # Neither loads nor measures an encoder: only its width counts here.
             raw["encoder"] = {"dimension": dimension or 512, "fingerprint": "0" * 64, **raw["encoder"]}

@@ -96,7 +96,13 @@ def accept_welcome(
         _check_budget(settings, plan, config=config, ledger=ledger, run=run)
     start = starting_state(settings)
     progress(Moment(f"joined {settings.name}"))
-    features = run_constants(settings, file=config.encoder_file, device=config.device, engine=config.engine)
+    features = run_constants(
+        settings,
+        file=config.encoder_file,
+        target=config.target_file,
+        device=config.device,
+        engine=config.engine,
+    )
     return Membership(config, identity, run, settings, entry, method, plan, start, features)
 
 

@@ -159,7 +159,7 @@ def test_the_federation_example_loads_and_is_complete(tmp_path: Path) -> None:
     config = load(file, FederationConfig)
     assert config.state == tmp_path / "state"
     raw = tomllib.loads(file.read_text())
-    assert set(raw) == set(FederationConfig.model_fields) - {"encoder_file"}
+    assert set(raw) == set(FederationConfig.model_fields) - {"encoder_file", "target_file"}
     for section in ("encoder", "method", "privacy", "evaluation", "rounds"):
         assert set(raw[section]) == set(type(getattr(config, section)).model_fields), section
     assert {key for site in raw["sites"].values() for key in site} == set(SiteEntry.model_fields)
@@ -171,7 +171,7 @@ def test_the_site_example_loads_and_is_complete(tmp_path: Path) -> None:
     config = load(file, SiteConfig)
     assert config.identity == tmp_path / "identity"
     raw = tomllib.loads(file.read_text())
-    assert set(raw) == set(SiteConfig.model_fields) - {"encoder_file"}
+    assert set(raw) == set(SiteConfig.model_fields) - {"encoder_file", "target_file"}
     assert set(raw["policy"]) == set(PolicyConfig.model_fields)
 
 

@@ -48,6 +48,7 @@ SHARED = {
     "FS-1109": {"data/arrays.py", "data/dataset.py"},
     "FS-1111": {"data/arrays.py", "data/dataset.py"},
     "FS-1114": {"data/features.py", "data/images.py"},
+    "FS-1137": {"learning/targets.py", "simulation/folders.py"},
     "FS-1202": {"privacy/accounting.py", "privacy/noise.py"},
     "FS-1204": {"methods/recommend.py", "privacy/plan.py"},
     "FS-1211": {"privacy/grid.py", "privacy/plan.py"},
