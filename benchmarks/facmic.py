@@ -104,6 +104,8 @@ def released(experiment: Experiment, *, rounds: int, steps: int, folder: Path) -
 
 def measure(*, rounds: int, reference_rounds: int, steps: int, sizes: Mapping[str, int] = SIZES) -> dict[str, Any]:
     """All figures as one object."""
+    import torch  # noqa: F401 - a second of imports is not FACMIC's time
+
     found: dict[str, Any] = {}
     experiment = generated(sizes, test=TEST)
     for method in ("linear", "facmic"):
