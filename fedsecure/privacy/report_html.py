@@ -43,11 +43,23 @@ def load_report(path: Path | str) -> dict[str, Any]:
             raw = file.read(_MOST_BYTES + 1)
         if len(raw) > _MOST_BYTES:
             raise no_report(path, f"more than {_MOST_BYTES >> 20} MiB")
-        report = json.loads(raw)
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        report = json.loads(raw, object_pairs_hook=_unambiguous, parse_constant=_no_number)
+    except (OSError, ValueError, RecursionError) as error:
         raise no_report(path, str(error)) from error
     check_format(report, path)
     return dict(report)
+
+
+def _unambiguous(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object with each name once: of two, one reader would check the first and another show the second."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("a name occurs twice in an object")
+    return found
+
+
+def _no_number(text: str) -> Any:
+    raise ValueError(f"{text} is no JSON number")
 
 
 def write_html(report: Mapping[str, Any], path: Path | str) -> None:

@@ -271,7 +271,8 @@ def _signature(report: Mapping[str, Any], verify: Verifier | None) -> Signature:
         body = signed_body(report)
     except (KeyError, TypeError, ValueError, AttributeError):
         return "invalid"
-    known = signature["algorithm"] == "Ed25519" and signer == whose
+    # What is signed has no number that is not finite; it would be read as null, and so would one put in its place.
+    known = signature["algorithm"] == "Ed25519" and signer == whose and _plain(report) == report
     return "valid" if known and verify(signer, body, value) else "invalid"
 
 

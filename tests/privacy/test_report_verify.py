@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from typing import Any
 import pytest
 from cryptography.exceptions import InvalidSignature
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from test_report import audit_result, evaluator, first_format, network, trainer, validate
 
 from fedsecure.errors import PrivacyError
@@ -138,6 +141,46 @@ def test_every_figure_of_a_budget_and_every_headline_is_computed_again(signed: d
             place = place[step]
         place[path[-1]] = place[path[-1]] * 0.99 if isinstance(place[path[-1]], float) else "Nothing was used."
         assert not check(edited).consistent, path
+
+
+@settings(max_examples=100, deadline=None, derandomize=True)
+@given(st.integers(0, 10**9), st.integers(1, 255))
+def test_any_edited_byte_of_the_file_is_found(signed: dict[str, Any], position: int, flip: int) -> None:
+    """Unless the file means the same afterwards: 1e-05 and 1E-05."""
+    raw = bytearray(json.dumps(signed, indent=2, sort_keys=True).encode())
+    raw[position % len(raw)] ^= flip
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "report.json"
+        file.write_bytes(raw)
+        try:
+            report = load_report(file)
+        except PrivacyError as error:
+            assert error.code in ("FS-1232", "FS-1233")  # noqa: PT017
+            return
+        assert verify_report(report, verify=holds).ok == (report == signed)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        ('"delta": 1e-05', '"delta": 0.1, "delta": 1e-05'),
+        ('"outcome": {', '"outcome": {"rounds": 9,'),
+        ('"aborted": null', '"aborted": NaN'),
+        ('"aborted": null', '"aborted": Infinity'),
+    ],
+)
+def test_what_two_readers_would_read_differently_is_no_report(
+    signed: dict[str, Any], tmp_path: Path, old: str, new: str
+) -> None:
+    text = json.dumps(signed)
+    assert old in text
+    file = tmp_path / "report.json"
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(PrivacyError, match="FS-1232"):
+        load_report(file)
+    # Nor is it valid for whoever reads the file in another way.
+    if "N" in new or "I" in new:
+        assert verify_report(json.loads(file.read_text()), verify=holds).signatures == {"north": "invalid"}
 
 
 def test_releases_that_are_dropped_or_voided_are_found(signed: dict[str, Any]) -> None:
