@@ -604,12 +604,14 @@ def test_without_the_norm_guard_a_unit_would_pass_unclipped(monkeypatch: pytest.
 
 
 def test_a_wrapped_module_is_refused() -> None:
+    """Also one that was taken out of its wrapping and still carries the hooks."""
     from opacus.grad_sample import GradSampleModule
 
-    wrapped = GradSampleModule(nn.Linear(D, K).double())
-    task = ModuleTask({}, lambda _: wrapped, cross_entropy)
-    with pytest.raises(PrivacyError, match="FS-1237"):
-        clipped_sum(task, {}, rows(3), max_grad_norm=0.1, device="cpu")
+    inner = nn.Linear(D, K).double()
+    for module in (GradSampleModule(inner), inner):
+        task = ModuleTask({}, lambda _, module=module: module, cross_entropy)  # type: ignore[misc]
+        with pytest.raises(PrivacyError, match="FS-1237"):
+            clipped_sum(task, {}, rows(3), max_grad_norm=0.1, device="cpu")
 
 
 def test_parameters_the_task_does_not_list_are_refused() -> None:
