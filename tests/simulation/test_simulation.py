@@ -103,6 +103,7 @@ def test_what_is_stopped_half_way_goes_on_with_what_is_missing(
     kept = list((options.out / "cells").iterdir())
     assert [json.loads(file.read_text())["epsilon"] for file in kept] == ["4.0"]
     assert not list(options.out.glob("work-*"))
+    assert [row["epsilon"] for row in module.finished_rows(options)] == [4.0]
     after = quietly(options)
     assert (after["computed"], after["reused"]) == (1, 1)
 
