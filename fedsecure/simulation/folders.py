@@ -254,7 +254,14 @@ def lay_out_experiment(experiment: Experiment, folder: Path, *, method: str, del
         "sites": {name: entry.model_dump() for name, entry in entries.items()},
     }
     settings = parse_settings(content, folder)
-    return lay_out(folder / "federation", settings, sites=plans, listen="memory:0", hosts=("localhost",)).federation
+    return lay_out(
+        folder / "federation",
+        settings,
+        sites=plans,
+        listen="memory:0",
+        hosts=("localhost",),
+        encoder_file=records / "test.npz",
+    ).federation
 
 
 class _Known(Subset):

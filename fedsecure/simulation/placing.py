@@ -171,7 +171,15 @@ class Shared:
             train = write_site(self.pool, folder / "records", name, rows=parts[name], turn=turn)
             test = train.model_copy(update={"name": f"{name}-test", "split": "test", "public": True})
             plans[name] = SitePlan(train=train, evaluation=test, policy=policy, encoder_file=train.path)
-        layout = lay_out(folder / "federation", settings, sites=plans, listen="memory:0", hosts=("localhost",))
+        layout = lay_out(
+            folder / "federation",
+            settings,
+            sites=plans,
+            listen="memory:0",
+            hosts=("localhost",),
+            # Of this file the aggregator reads what is public.
+            encoder_file=plans[self.names[0]].encoder_file,
+        )
         classes = len(self.pool.classes)
         return Placed(
             federation=load(layout.federation, FederationConfig),
@@ -225,7 +233,12 @@ class LaidOut:
 
     def place(self, folder: Path, variant: Variant, settings: RunSettings) -> Placed:
         state = make_folder(folder / "aggregator")
-        federation = FederationConfig(**settings.model_dump(), state=state, identity=self.federation.identity)
+        federation = FederationConfig(
+            **settings.model_dump(),
+            state=state,
+            identity=self.federation.identity,
+            encoder_file=self.federation.encoder_file,
+        )
         sites = {}
         for name, config in self.sites.items():
             home = make_folder(folder / name)

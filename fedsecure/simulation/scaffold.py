@@ -46,7 +46,13 @@ class Layout:
 
 
 def lay_out(
-    folder: Path, settings: RunSettings, *, sites: Mapping[str, SitePlan], listen: str, hosts: Sequence[str]
+    folder: Path,
+    settings: RunSettings,
+    *,
+    sites: Mapping[str, SitePlan],
+    listen: str,
+    hosts: Sequence[str],
+    encoder_file: Path | None = None,
 ) -> Layout:
     """Make identities and configuration files.
 
@@ -56,6 +62,7 @@ def lay_out(
         sites: one plan for each site of ``settings``.
         listen: the aggregator's ``host:port``.
         hosts: DNS names and addresses its certificate is for.
+        encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that need it there.
 
     Raises:
         IdentityError: there are identities in the folder already.
@@ -66,7 +73,10 @@ def lay_out(
     provision(folder, federation=settings.name, sites=roles, hosts=hosts)
     federation = folder / "aggregator" / "federation.toml"
     public = settings.model_dump(mode="json", exclude_none=True)
-    write_whole(federation, to_toml({"listen": listen, "state": "state", "identity": "identity", **public}).encode())
+    own = {"listen": listen, "state": "state", "identity": "identity"}
+    if encoder_file is not None:
+        own["encoder_file"] = str(encoder_file.resolve())
+    write_whole(federation, to_toml({**own, **public}).encode())
     written = {}
     for site, plan in sites.items():
         home = folder / "sites" / site

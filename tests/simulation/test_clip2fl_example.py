@@ -141,6 +141,18 @@ def test_a_private_run_beside_them(example: ModuleType, file: Path, tmp_path: Pa
     assert float(row["all"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
 
 
+@pytest.mark.slow
+def test_the_private_form_of_clip2fl(example: ModuleType, file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "8,inf", *SHORT]
+    assert example.main([*given, "--method", "clip2fl", "--private-rounds", "3"]) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        private, token = csv.DictReader(stream)
+    assert float(private["epsilon_spent"]) <= 8
+    assert (private["epsilon"], token["epsilon"]) == ("8.0", "inf")
+    assert float(token["few"]) > 0.5
+
+
 def test_images(example: ModuleType, tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     for split, each in (("train", 8), ("test", 3), ("public", 2)):
