@@ -205,6 +205,7 @@ class MethodConfig(_Section):
         learning_rate: ``"auto"`` follows the predicted signal-to-noise.
         temperature: τ of the logits; ``"auto"`` is the adapter's own default.
         average: whether the result is the mean of the adapters of the second half of the rounds.
+        views: how many views of each training image a gradient is the mean of; 1 is the image alone.
         alignment: of the method ``facmic``, with a public target.
         clip2fl: what the method of that name goes by.
     """
@@ -215,6 +216,7 @@ class MethodConfig(_Section):
     learning_rate: Literal["auto"] | Positive = "auto"
     temperature: Literal["auto"] | Positive = "auto"
     average: bool = False
+    views: Annotated[int, Field(ge=1, le=32)] = 1
     alignment: AlignmentConfig = AlignmentConfig()
     clip2fl: Clip2flConfig = Clip2flConfig()
 

@@ -164,6 +164,7 @@ def load_units(
     cap: int,
     max_units: int | None,
     key: bytes,
+    views: int = 1,
     progress: Progress | None = None,
 ) -> UnitFeatures:
     """Read a data set's records as units of features. Touches records: call it only after the charge is on disk.
@@ -176,17 +177,26 @@ def load_units(
         cap: public cap on a patient's records; 1 with ``"record"``.
         max_units: declared maximum of units; None where none is declared.
         key: the site's secret for the keyed hash.
+        views: rows of each record, of which a unit's gradient is the mean; images only.
         progress: called with (done, n) while encoding.
 
     Raises:
         PrivacyError: FS-1246 when patients are to be protected and the data set does not know them.
         DataError: FS-1127 more units than declared; FS-1143, FS-1144, or as the data set says.
-        ModelError: FS-1638 when the features have another width than the run's; FS-1641 images without an encoder.
+        ModelError: FS-1638 when the features have another width than the run's; FS-1641 images without an encoder;
+            FS-1677 several views of precomputed features.
     """
     dataset.index()
     check_patients(dataset, unit)
     patients = dataset.patient_ids
     if dataset.kind == "features":
+        if views > 1:
+            raise ModelError(
+                "FS-1677",
+                f"method.views = {views} and data set {dataset.name!r} of precomputed features",
+                expected="images, which can be seen in several ways",
+                cure="set method.views = 1, or run with an image encoder",
+            )
         values = dataset.features()
     else:
         if features.encoder is None:
@@ -197,15 +207,20 @@ def load_units(
                 cure="encode the images with the encoder of the feature file, or run with an image encoder",
             )
         from fedsecure.learning.encoding import encode_dataset
+        from fedsecure.learning.views import Viewed
         from fedsecure.vision.cache import FeatureCache
 
         kept = FeatureCache(cache) if cache is not None and features.pixels is None else None
-        values = encode_dataset(dataset, features.pixels or features.encoder, kept, progress=progress)
-    if values.ndim != 2 or values.shape[1] != features.width:
+        eye = features.pixels or features.encoder
+        seen = [encode_dataset(Viewed(dataset, number), eye, kept, progress=progress) for number in range(1, views)]
+        values = encode_dataset(dataset, eye, kept, progress=progress)
+        # End to end, so that a record's views stay together while its unit chooses records.
+        values = np.concatenate([values, *seen], axis=1)
+    if values.ndim != 2 or values.shape[1] != views * features.width:
         raise ModelError(
             "FS-1638",
             f"data set {dataset.name!r} has features of shape {values.shape}",
-            expected=f"(n, {features.width})",
+            expected=f"(n, {views * features.width})",
             cure="use features of the run's encoder",
         )
     owners = patients if unit == "patient" and patients is not None else dataset.record_ids
@@ -218,6 +233,7 @@ def load_units(
         classes=features.text.shape[0],
         record_ids=dataset.record_ids,
     )
+    units = units.spread(views)
     if max_units is not None:
         check_declared(len(units), max_units, dataset=dataset.name)
     return units

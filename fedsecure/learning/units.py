@@ -60,6 +60,15 @@ class UnitFeatures:
         """At most ``max_units`` units: :func:`group_units` orders units by keyed hash, and the first ones stay."""
         return self.select(slice(0, max_units))
 
+    def spread(self, views: int) -> UnitFeatures:
+        """Rows of ``views`` features end to end, (U, m, views·d), as so many records of one label: (U, m·views, d)."""
+        units, records, width = self.features.shape
+        return UnitFeatures(
+            self.features.reshape(units, records * views, width // views),
+            np.repeat(self.labels, views, axis=1),
+            np.repeat(self.mask, views, axis=1),
+        )
+
     def select(self, rows: slice | npt.NDArray[Any]) -> UnitFeatures:
         """The units of a slice, index array or boolean mask of length U."""
         return UnitFeatures(self.features[rows], self.labels[rows], self.mask[rows])

@@ -139,6 +139,7 @@ class Sources:
                     cap=privacy.max_records_per_unit,
                     max_units=self._declared(population),
                     key=self.ledger.key,
+                    views=member.settings.method.views if population == "train" else 1,
                 )
                 self._loaded[population] = given, units
                 return units
