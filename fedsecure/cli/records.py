@@ -94,8 +94,13 @@ def report_verify(
         print_json(asdict(verdict) | {"ok": verdict.ok, "consistent": verdict.consistent})
     else:
         typer.echo(f"{verdict.figures} figures computed again, {len(verdict.findings)} differ")
-        for line in [*verdict.findings, *(f"{site}: signature {what}" for site, what in verdict.signatures.items())]:
-            typer.echo(line)
+        for line in verdict.findings:
+            typer.echo(f"  {line}")
+        if roster is None:
+            typer.echo("signatures are not checked without --roster; every site's identity folder has a roster.json")
+        else:
+            for name, what in verdict.signatures.items():
+                typer.echo(f"{name}: signature {what}")
     raise typer.Exit(0 if (verdict.ok if roster is not None else verdict.consistent) else 1)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from cli.conftest import Command
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+from federation_world import World
 
 from fedsecure.identity import keys
 from fedsecure.messages import Event
@@ -90,6 +91,31 @@ def test_verify_gives_a_head_to_note_and_compares_it_later(command: Command, led
     assert later[0] == "5 rows, unbroken, and row 4 is as noted"
     wrong = known[:-1] + ("0" if known[-1] != "0" else "1")
     assert command("budget", "verify", "--ledger", ledger, "--head", wrong).error() == "FS-1262"
+
+
+def test_a_signed_report_is_verified_against_the_roster(command: Command, tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.start()
+    with world.client("site-1") as client:
+        signed = client.privacy_report()
+        roster = ("--roster", client.config.identity / "roster.json")
+    file = tmp_path / "privacy-report.json"
+
+    def verify(report: dict[str, object], *options: object) -> tuple[int, str]:
+        file.write_text(json.dumps(report))
+        ended = command("report", "verify", file, *options)
+        return ended.status, ended.out
+
+    status, told = verify(signed, *roster)
+    assert (status, told.splitlines()[-1]) == (0, "site-1: signature valid")
+    status, told = verify(signed)
+    assert status == 0
+    assert "not checked without --roster" in told
+    for edit in ({"not_protected": ["nothing"]}, {"epsilon": 0.5}, {"site": "site-2"}):
+        assert verify(signed | edit, *roster)[0] == 1
+    status, told = verify(signed | {"epsilon": 0.5})
+    assert status == 1
+    assert "epsilon is 0.5" in told
 
 
 def test_an_audit_is_attached_and_signed_anew(command: Command, tmp_path: Path) -> None:
