@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedsecure.errors import BudgetExceeded, ConfigError, DataError, FedsecureError, PrivacyError, RunError
+from fedsecure.errors import BudgetExceeded, ConfigError, DataError, FedsecureError, LedgerError, PrivacyError, RunError
 from fedsecure.site.line import Line
 
 WORDS = {"expected": "another", "cure": "mend it"}
@@ -32,6 +32,7 @@ def heard(error: BaseException) -> list[str]:
         PrivacyError("FS-1229", "3 patients in both sets", **WORDS),
         PrivacyError("FS-1243", "not finite", **WORDS),
         PrivacyError("FS-1246", "no patient ids", **WORDS),
+        LedgerError("FS-1265", "none of the units of before", **WORDS),
         RunError("FS-1719", "ValueError", **WORDS),
         ValueError("row 7"),
         KeyboardInterrupt(),
@@ -48,6 +49,7 @@ def test_reasons_about_records_are_not_told(error: BaseException) -> None:
         ConfigError("FS-1007", "no data to train on", **WORDS),
         BudgetExceeded("FS-1201", "ε = 9", **WORDS),
         PrivacyError("FS-1222", "too little noise", **WORDS),
+        LedgerError("FS-1270", "the clock went back", **WORDS),
     ],
     ids=repr,
 )
