@@ -55,6 +55,7 @@ class Sizes:
     linear: tuple[int, int, int]
     sampler: tuple[int, int]  # samples, repeats
     charges: int
+    together: bool = False  # all cases in one process, whose start takes longer than small cases do
 
 
 FULL = Sizes(
@@ -64,22 +65,29 @@ FULL = Sizes(
     charges=200,
 )
 QUICK = Sizes(
-    batches={"b64": (4, 2, 1), "b256": (4, 2, 1), "b1024": (4, 2, 1)}, linear=(4, 2, 1), sampler=(1000, 2), charges=3
+    batches={"b64": (4, 2, 1), "b256": (5, 2, 1), "b1024": (6, 2, 1)},
+    linear=(4, 2, 1),
+    sampler=(1000, 2),
+    charges=3,
+    together=True,
 )
 
 
 def run(sizes: Sizes, *, progress: Callable[[str], None]) -> dict[str, Any]:
     """All figures."""
-    result: dict[str, Any] = {"step": {}}
-    for name, size in sizes.batches.items():
-        progress(f"step of the attention module: {size[0]} records")
-        result["step"][name] = step("facmic", *size)
-    progress("step of the linear head")
-    result["step_linear"] = {"b256": step("linear", *sizes.linear)}
-    progress("sampler")
     samples, repeats = sizes.sampler
-    sampler = child("sampler", samples, repeats, 1)["sampler"]
-    result["sampler"] = {f"s_per_1e6{tail}": sampler[which] * 1e3 / samples for which, tail in _KINDS}
+    cases = {name: ("facmic", *size) for name, size in sizes.batches.items()}
+    cases |= {"linear": ("linear", *sizes.linear), "sampler": ("sampler", samples, repeats, 1)}
+    found: dict[str, Any] = {}
+    for names in [list(cases)] if sizes.together else [[name] for name in cases]:
+        progress(", ".join(f"{cases[name][0]}, {cases[name][1]} records" for name in names))
+        found |= dict(zip(names, child([cases[name] for name in names]), strict=True))
+    sampler = found["sampler"]["sampler"]
+    result: dict[str, Any] = {
+        "step": {name: step(found[name]) for name in sizes.batches},
+        "step_linear": {"b256": step(found["linear"])},
+        "sampler": {f"s_per_1e6{tail}": sampler[which] * 1e3 / samples for which, tail in _KINDS},
+    }
     progress("ledger")
     result["ledger"] = ledger(sizes.charges)
     progress("ε of local and distributed noise")
@@ -91,9 +99,8 @@ def run(sizes: Sizes, *, progress: Callable[[str], None]) -> dict[str, Any]:
 _KINDS = (("best", ""), ("median", "_median"))
 
 
-def step(kind: str, records: int, repeats: int, opacus_repeats: int) -> dict[str, float]:
+def step(found: dict[str, dict[str, float]]) -> dict[str, float]:
     """Milliseconds a step and their ratios: of the best of all turns, and of the medians."""
-    found = child(kind, records, repeats, opacus_repeats)
     figures: dict[str, float] = {}
     for which, tail in _KINDS:
         ms = {name: times[which] for name, times in found.items()}
@@ -107,9 +114,10 @@ def step(kind: str, records: int, repeats: int, opacus_repeats: int) -> dict[str
     return figures
 
 
-def child(kind: str, records: int, repeats: int, opacus_repeats: int) -> dict[str, dict[str, float]]:
+def child(cases: list[tuple[str, int, int, int]]) -> list[dict[str, dict[str, float]]]:
     """What :mod:`benchmarks.privacy_steps` measures in a process of its own."""
-    settings = {"kind": kind, "batch": records, "repeats": repeats, "opacus_repeats": opacus_repeats}
+    keys = ("kind", "batch", "repeats", "opacus_repeats")
+    settings = [dict(zip(keys, case, strict=True)) for case in cases]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.privacy_steps", json.dumps(settings)],
         cwd=ROOT,
@@ -118,7 +126,7 @@ def child(kind: str, records: int, repeats: int, opacus_repeats: int) -> dict[st
         text=True,
         check=True,
     )
-    found: dict[str, dict[str, float]] = json.loads(done.stdout)
+    found: list[dict[str, dict[str, float]]] = json.loads(done.stdout)
     return found
 
 

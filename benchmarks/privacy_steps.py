@@ -1,9 +1,9 @@
 """One gradient step of an adapter, with privacy and without, and under Opacus: the child process of the benchmark.
 
-    python -m benchmarks.privacy_steps '{"kind": "facmic", "batch": 256, "repeats": 40, "opacus_repeats": 10}'
+    python -m benchmarks.privacy_steps '[{"kind": "facmic", "batch": 256, "repeats": 40, "opacus_repeats": 10}]'
 
 One process measures all variants of one batch size in turns, on one thread and with the memory allocator's settings it
-was started with, and prints one JSON object: for every variant its least and its median milliseconds.
+was started with, and prints one JSON object a case: for every variant its least and its median milliseconds.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import time
 import warnings
 from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -39,16 +40,16 @@ STEPS = 4
 
 
 def main() -> None:
-    settings = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    print(json.dumps([figures(settings) for settings in json.loads(sys.argv[1])]))
+
+
+def figures(settings: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """What one case's settings ask for."""
     if settings["kind"] == "sampler":
-        rng = PrivacyRng()
-        result = measure(
-            {"sampler": (lambda: rng.discrete_gaussian(settings["batch"], Fraction(2**40)), 1, 1)}, settings
-        )
-    else:
-        result = measure(variants(settings["kind"], settings["batch"], opacus=settings["opacus_repeats"] > 0), settings)
-    print(json.dumps(result))
+        draw = partial(PrivacyRng().discrete_gaussian, settings["batch"], Fraction(2**40))
+        return measure({"sampler": (draw, 1, 1)}, settings)
+    return measure(variants(settings["kind"], settings["batch"], opacus=settings["opacus_repeats"] > 0), settings)
 
 
 def measure(

@@ -20,7 +20,8 @@ from torch.nn import functional
 from fedsecure.errors import ModelError
 from fedsecure.learning import closed_form, opacus_engine
 from fedsecure.learning.adapters import Vector
-from fedsecure.learning.closed_form import SAFETY, Factor, Outer
+from fedsecure.learning.closed_form import SAFETY
+from fedsecure.learning.gradients import Factor, Outer
 from fedsecure.learning.modules import build_module
 from fedsecure.learning.opacus_engine import ModuleTask
 from fedsecure.learning.task import HeadTask
@@ -98,15 +99,9 @@ def audited_sum(
     rows = max(1, _CHUNK // units.mask.shape[1])
     device = torch.device("cpu")
     if engine == "closed-form":
-        return closed_form.clipped_sum(
-            task,
-            parameters,
-            units,
-            max_grad_norm=max_grad_norm,
-            device=device,
-            chunk=rows,
-            plant=_planter(task.spec.classes, _GAIN * max_grad_norm),
-        )
+        plant = _planter(task.spec.classes, _GAIN * max_grad_norm)
+        sums = closed_form.ClippedSums(task, units, device=device, chunk=rows)
+        return sums.at(parameters, max_grad_norm=max_grad_norm, plant=plant)
     own = _module_task(task, _GAIN * max_grad_norm)
     return opacus_engine.clipped_sum(own, parameters, units, max_grad_norm=max_grad_norm, device=device, chunk=rows)
 

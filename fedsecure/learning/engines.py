@@ -6,7 +6,8 @@ No torch at import: the engine is loaded by the call that needs it.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedsecure.errors import ModelError, PrivacyError
@@ -76,6 +77,28 @@ def clipped_sum(
         ModelError: FS-1632, FS-1637, FS-1638 or FS-1639 when something does not fit.
         PrivacyError: FS-1234 to FS-1237 from Opacus's guards; FS-1238 for a bad C.
     """
+    at = clipped_sums(
+        task, units, max_grad_norm=max_grad_norm, engine=engine, device=device, chunk=chunk, precision=precision
+    )
+    return at(parameters)
+
+
+def clipped_sums(
+    task: HeadTask | ModuleTask,
+    units: UnitFeatures,
+    *,
+    max_grad_norm: float,
+    engine: EngineName = "auto",
+    device: str = "auto",
+    chunk: int = CHUNK,
+    precision: Precision = "float64",
+    keep: bool = False,
+) -> Callable[[Mapping[str, Any]], Vector]:
+    """:func:`clipped_sum` of these units as a function of the parameters, for one step after another.
+
+    Args and errors as there. ``keep``: what no parameter changes is computed once, as far as it fits into memory; it
+    does not change the result.
+    """
     if not (math.isfinite(max_grad_norm) and max_grad_norm > 0):
         raise PrivacyError(
             "FS-1238",
@@ -96,12 +119,11 @@ def clipped_sum(
         from fedsecure.learning import closed_form
 
         assert isinstance(task, HeadTask)
-        return closed_form.clipped_sum(
-            task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows, precision=precision
-        )
+        sums = closed_form.ClippedSums(task, units, device=where, chunk=rows, precision=precision, keep=keep)
+        return partial(sums.at, max_grad_norm=max_grad_norm)
     from fedsecure.learning import opacus_engine
 
-    return opacus_engine.clipped_sum(task, parameters, units, max_grad_norm=max_grad_norm, device=where, chunk=rows)
+    return partial(opacus_engine.clipped_sum, task, units=units, max_grad_norm=max_grad_norm, device=where, chunk=rows)
 
 
 def clipped_units(

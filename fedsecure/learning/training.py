@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import AdapterKind, Vector
-from fedsecure.learning.engines import EngineName, clipped_sum
+from fedsecure.learning.engines import EngineName, clipped_sums
 from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.learning.units import UnitFeatures
 
@@ -85,23 +85,19 @@ def train_locally(
         )
     origin = task.spec.flatten(start)
     current = origin.copy()
+    how: Any = {"max_grad_norm": max_grad_norm, "engine": engine, "device": device, "precision": "float32"}
+    everyone = clipped_sums(task, units, **how, keep=True)
     for _ in range(steps):
         chosen = sample(len(units))
         if chosen.shape != (len(units),) or chosen.dtype != np.bool_:
             raise _foreign("sampler", chosen, f"({len(units)},) bool")
-        gradient = clipped_sum(
-            task,
-            _shaped(task, current),
-            units.select(chosen),
-            max_grad_norm=max_grad_norm,
-            engine=engine,
-            device=device,
-            precision="float32",
-        )
+        at = everyone if chosen.all() else clipped_sums(task, units.select(chosen), **how)
+        gradient = at(_shaped(task, current))
         noisy = privatise(gradient, max_grad_norm)
         if noisy.shape != gradient.shape:
             raise _foreign("noise", noisy, f"{gradient.shape}")
-        current -= learning_rate / normaliser * noisy
+        noisy *= learning_rate / normaliser
+        current -= noisy
         if proximal:
             current = origin + (current - origin) / (1 + proximal)
     return _shaped(task, current - origin)

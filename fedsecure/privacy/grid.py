@@ -27,6 +27,7 @@ Integers = npt.NDArray[np.int64]
 RING_BITS = 32
 _FINEST = 20
 _CLIP_SLACK = 1e-5
+_PIECE = 1 << 16
 _SUM_SLACK = 64
 _MAX_WRAP_LOG2 = -40.0
 # From here on a discrete Gaussian's δ(ε) is within 1 % of the continuous one's: the sums over the lattice and the
@@ -224,12 +225,16 @@ def privatise_on_grid(
     """
     grid = clip_norm / 2**24
     bound = 2**24 * (1 + _CLIP_SLACK) + math.sqrt(clipped_sum.size) + _SUM_SLACK
-    check_finite(clipped_sum, "a clipped sum")
-    noise = rng.gaussian(clipped_sum.size)
-    noise *= noise_multiplier * bound
-    noise = np.rint(noise, out=noise).reshape(clipped_sum.shape)
-    steps = np.divide(clipped_sum, grid)
-    np.rint(steps, out=steps)
-    steps += noise
-    steps *= grid
-    return steps
+    std = noise_multiplier * bound
+    values = np.empty_like(clipped_sum)
+    # In pieces that a core's cache holds from the first operation to the last.
+    for start in range(0, clipped_sum.size, _PIECE):
+        piece = slice(start, start + _PIECE)
+        check_finite(clipped_sum[piece], "a clipped sum")
+        steps = np.divide(clipped_sum[piece], grid, out=values[piece])
+        np.rint(steps, out=steps)
+        noise = rng.gaussian(steps.size)
+        noise *= std
+        steps += np.rint(noise, out=noise)
+        steps *= grid
+    return values

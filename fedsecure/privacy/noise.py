@@ -81,7 +81,7 @@ class PrivacyRng:
         """``n`` uniform multiples of 2^-53 in (0, 1], float64, shape (n,)."""
         words = self.uniform_words(n)
         words >>= np.uint64(11)
-        values = words.astype(np.float64)
+        values = words.view(np.int64).astype(np.float64)
         values += 1.0
         values *= 2.0**-53
         return values
@@ -99,13 +99,19 @@ class PrivacyRng:
             np.sqrt(np.multiply(np.log(radius, out=radius), -2.0, out=radius), out=radius)
             # With t = tan(θ/2): cos θ = 2/(1 + t²) − 1 and sin θ = 2t/(1 + t²). NumPy vectorises tan in float64 and
             # neither cos nor sin, so this takes a fifth of the time.
-            tangent = self.uniform(half)
-            np.tan(np.multiply(np.subtract(tangent, 0.5, out=tangent), np.pi, out=tangent), out=tangent)
-            share = np.divide(2.0, np.square(tangent) + 1.0)
-            np.multiply(radius, share - 1.0, out=out[start : start + half])
+            words = self.uniform_words(half)
+            # From −2^63 on, uniform: processors convert signed words at once, and unsigned ones in a branch.
+            words ^= np.uint64(1 << 63)
+            tangent = words.view(np.int64).astype(np.float64)
+            tangent *= np.pi * 2.0**-64
+            np.tan(tangent, out=tangent)
+            share = np.square(tangent)
+            share += 1.0
+            np.divide(2.0, share, out=share)
             tangent *= share
-            tangent *= radius
-            out[start + half : start + count] = tangent[: count - half]
+            share -= 1.0
+            np.multiply(radius, share, out=out[start : start + half])
+            np.multiply(radius[: count - half], tangent[: count - half], out=out[start + half : start + count])
         return out
 
     def poisson_mask(self, n: int, q: float) -> npt.NDArray[np.bool_]:

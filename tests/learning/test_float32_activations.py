@@ -72,7 +72,7 @@ def test_where_rows_do_not_stand_alone_activations_are_float64(monkeypatch: pyte
 def test_rows_that_lean_on_their_neighbours_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     spec, device = AdapterSpec("facmic", 24, 3), torch.device("cpu")
     check = closed_form._rows_stand_alone.__wrapped__
-    sound = closed_form._attention
+    sound = closed_form.BACKWARD["facmic"]
 
     def leaning(inputs: torch.Tensor, *rest: Any) -> Any:
         return sound(inputs + 1e-7 * inputs.mean(0), *rest)

@@ -15,7 +15,7 @@ from fedsecure.config import MethodConfig, PolicyConfig
 from fedsecure.errors import ConfigError
 from fedsecure.learning.adapters import FORMS, AdapterKind, AdapterSpec
 from fedsecure.learning.artefact import load_adapter
-from fedsecure.learning.closed_form import BACKWARD
+from fedsecure.learning.gradients import BACKWARD
 from fedsecure.learning.modules import MODULES
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import RULES, train_locally

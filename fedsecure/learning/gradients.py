@@ -1,0 +1,182 @@
+"""Gradients of records in every known adapter, in closed form: as factors, whose products nobody has to form.
+
+Privacy.md §6, facmic.md §5.4-7: forward, and one backward to the activations. Factors are float64; activations may be
+float32, the gradients in an adapter's outputs never are.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from fedsecure.learning.adapters import AdapterKind
+from fedsecure.learning.losses import classification_slope, contrast_slope, distillation_slope
+from fedsecure.learning.objective import Objective
+from fedsecure.learning.task import TINY
+
+LAYER_NORM_EPSILON = 1e-5
+LEAKY_SLOPE = 0.01
+
+
+@dataclass(frozen=True, slots=True)
+class Outer:
+    """A weight whose gradient for record i is left_i ⊗ right_i; with a bias whose gradient is left_i."""
+
+    left: Tensor
+    right: Tensor
+    bias: bool
+
+
+Factor = Outer | Tensor
+Affine = Callable[[Tensor], Tensor]
+
+
+def _affine(weight: Tensor, bias: Tensor | None = None) -> Affine:
+    """x ↦ x·Wᵀ + b for (n, d) rows.
+
+    In float32 on a CPU by oneDNN, which uses the widest vector instructions of any maker's processor; the library
+    behind torch's own products does not, and takes twice the time there.
+    """
+    if weight.dtype == torch.float32 and weight.device.type == "cpu" and torch.backends.mkldnn.is_available():  # type: ignore[no-untyped-call]
+        product = torch.ops.mkldnn._linear_pointwise
+        return lambda rows: product(rows, weight, bias, "none", [], "")
+    return lambda rows: functional.linear(rows, weight, bias)
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """An adapter's parameters, and its layers as products: W1·x + b1, W2·x + b2 and, on the way back, W2ᵀ·g."""
+
+    tensors: Mapping[str, Tensor]
+    layers: Mapping[str, Affine]
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
+        if "W1" not in tensors:
+            return cls(tensors, {})
+        hidden, output = _affine(tensors["W1"], tensors["b1"]), _affine(tensors["W2"], tensors["b2"])
+        return cls(tensors, {"hidden": hidden, "output": output, "back": _affine(tensors["W2"].T)})
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(iter(self.tensors.values())).dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Gradients of records' losses, times their weights, in what an adapter gives out; float64."""
+
+    objective: Objective
+    labels: Tensor
+    weights: Tensor
+    prior: Tensor
+    log_prior: Tensor | None
+    poles: Sequence[Tensor]
+    # (n, K) logits of the teacher, where there is a distillation.
+    teacher: Tensor | None
+
+    def in_logits(self, logits: Tensor) -> Tensor:
+        """(n, K) for (n, K) logits."""
+        shifted = logits if self.log_prior is None else logits + self.log_prior
+        slope = classification_slope(self.objective, shifted, self.labels)
+        if self.objective.distillation is not None and self.teacher is not None:
+            slope += distillation_slope(logits, self.teacher, self.objective.distillation)
+        return slope.mul_(self.weights[:, None])
+
+    def in_feature(self, adapted: Tensor) -> Tensor:
+        """(n, d) for (n, d) adapted unit features z, whose logits are τ·z·Pᵀ."""
+        toward = self.in_logits(_narrow(adapted, self.prior)) @ self.prior
+        alignment, contrast = self.objective.alignment, self.objective.contrast
+        if alignment is not None:
+            toward += alignment.slope(adapted, self.labels) * self.weights[:, None]
+        if contrast is not None:
+            slope = contrast_slope(adapted, *self.poles, temperature=contrast.temperature)
+            toward += slope * (contrast.strength * self.weights[:, None])
+        return toward
+
+
+def _narrow(rows: Tensor, weight: Tensor) -> Tensor:
+    """rows·weightᵀ for a few outputs; in this order the product takes half the time."""
+    return (weight @ rows.T).T.contiguous()
+
+
+def _linear(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
+    error = slopes.in_logits(_narrow(inputs, slopes.prior + weights.tensors["D"]))
+    return [Outer(error, inputs, bias=False)]
+
+
+def _attention(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    hidden = weights.layers["hidden"](scaled)
+    norm = [hidden.shape[-1]]
+    gamma, beta = weights.tensors["gamma"], weights.tensors["beta"]
+    affine, mean, rstd = torch.native_layer_norm(hidden, norm, gamma, beta, LAYER_NORM_EPSILON)
+    active = functional.leaky_relu_(affine, LEAKY_SLOPE)
+    to_output = _gated(inputs, active, weights, slopes)
+    to_affine = torch.ops.aten.leaky_relu_backward(weights.layers["back"](to_output), active, LEAKY_SLOPE, True)
+    to_hidden, _, _ = torch.ops.aten.native_layer_norm_backward(
+        to_affine, hidden, norm, mean, rstd, gamma, beta, [True, False, False]
+    )
+    normalised = hidden.sub_(mean).mul_(rstd)
+    return [
+        Outer(to_hidden.double(), scaled.double(), bias=True),
+        (to_affine * normalised).double(),
+        to_affine.double(),
+        Outer(to_output.double(), active.double(), bias=True),
+    ]
+
+
+def _tanh_gate(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    active = weights.layers["hidden"](scaled).tanh_()
+    to_output = _gated(inputs, active, weights, slopes)
+    to_hidden = weights.layers["back"](to_output).mul_(1 - active.square())
+    return _two_layers(to_hidden, scaled, to_output, active)
+
+
+def _bottleneck(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    active = weights.layers["hidden"](scaled).relu_()
+    mixed = weights.layers["output"](active).add_(inputs)
+    to_output = _to_direction(mixed, slopes)
+    to_hidden = weights.layers["back"](to_output).mul_(active > 0)
+    return _two_layers(to_hidden, scaled, to_output, active)
+
+
+def _two_layers(to_hidden: Tensor, scaled: Tensor, to_output: Tensor, active: Tensor) -> Sequence[Factor]:
+    return [
+        Outer(to_hidden.double(), scaled.double(), bias=True),
+        Outer(to_output.double(), active.double(), bias=True),
+    ]
+
+
+def _gated(inputs: Tensor, active: Tensor, weights: Weights, slopes: Slopes) -> Tensor:
+    """∂ℓ/∂(W2 r + b2) of the gate z = unit(softmax(W2 r + b2) ⊙ a)."""
+    gate = torch.softmax(weights.layers["output"](active), dim=-1)
+    to_gate = _to_direction(gate * inputs, slopes).mul_(inputs)
+    to_output: Tensor = torch.ops.aten._softmax_backward_data(to_gate, gate, -1, gate.dtype)
+    return to_output
+
+
+def _to_direction(mixed: Tensor, slopes: Slopes) -> Tensor:
+    """∂ℓ/∂u of z = unit(u); ``mixed`` is u and is overwritten by z."""
+    length = mixed.norm(dim=-1, keepdim=True).clamp_min_(TINY)
+    adapted = mixed.div_(length)
+    # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
+    toward = slopes.in_feature(adapted.double()).to(mixed.dtype)
+    return toward.addcmul_(adapted, torch.linalg.vecdot(adapted, toward)[:, None], value=-1).div_(length)
+
+
+Backward = Callable[[Tensor, Weights, Slopes], Sequence[Factor]]
+# Looked up by kind whenever it is used.
+BACKWARD: dict[AdapterKind, Backward] = {
+    "linear": _linear,
+    "facmic": _attention,
+    "fedclip": _tanh_gate,
+    "bottleneck": _bottleneck,
+}
