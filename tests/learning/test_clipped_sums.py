@@ -15,7 +15,7 @@ from torch import nn
 
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import FORMS, AdapterSpec
-from fedsecure.learning.engines import choose_engine, clipped_sum
+from fedsecure.learning.engines import choose_engine, clipped_sum, clipped_sums
 from fedsecure.learning.modules import build_module, record_loss, resolve_device
 from fedsecure.learning.opacus_engine import ModuleTask
 from fedsecure.learning.task import HeadTask
@@ -145,6 +145,18 @@ def test_a_units_gradient_does_not_notice_the_others(kind: str) -> None:
     task, tensors, rows = case(kind, units=8, records=2, d=16, k=4, seed=2)
     alone = sum(clipped_sum(task, tensors, rows.select([i]), max_grad_norm=0.1, device="cpu") for i in range(8))  # type: ignore[arg-type]
     assert_close(clipped_sum(task, tensors, rows, max_grad_norm=0.1, device="cpu"), alone, rel=1e-12)
+
+
+@pytest.mark.parametrize("engine", ["closed-form", "opacus"])
+@pytest.mark.parametrize("kind", list(FORMS))
+def test_what_is_kept_from_step_to_step_changes_no_bit(kind: str, engine: Any) -> None:
+    task, tensors, rows = case(kind, units=9, records=2, d=12, k=4, seed=6)
+    rows.mask[4:8] = False  # a whole chunk without records
+    usual: dict[str, Any] = {"max_grad_norm": 0.1, "engine": engine, "device": "cpu", "chunk": 4}
+    at = clipped_sums(task, rows, keep=True, **usual)
+    for scale in (1.0, -0.5, 1.0):
+        there = {name: scale * value for name, value in tensors.items()}
+        assert np.array_equal(at(there), clipped_sum(task, there, rows, **usual))
 
 
 def test_opacus_draws_no_noise_and_leaves_the_module_of_the_next_call_alone() -> None:

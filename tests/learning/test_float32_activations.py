@@ -61,6 +61,17 @@ def test_one_unit_moves_the_sum_by_at_most_c_even_where_rounding_is_blown_up(rec
     assert max(moved) >= clip * (1 - 2e-5)
 
 
+def test_float32_without_onednn_is_float32_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, start, units = case(5, units=20, records=2, d=16, k=3)
+    double = clipped_sum(task, start, units, max_grad_norm=0.1, device="cpu")
+    found = []
+    for available in (True, False):
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda available=available: available)
+        found.append(single(task, start, units, 0.1))
+    for total in found:
+        assert 0 < np.linalg.norm(total - double) <= 1e-5 * np.linalg.norm(double)
+
+
 def test_where_rows_do_not_stand_alone_activations_are_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     task, start, units = case(7, units=20, records=1, d=16, k=3)
     double = clipped_sum(task, start, units, max_grad_norm=0.1, device="cpu")
