@@ -49,9 +49,10 @@ def render(table: Table, rows: Sequence[Row]) -> str:
     seeds = sorted({int(row["seed"]) for row in rows})
     said = f"seed {seeds[0]}" if len(seeds) == 1 else f"seeds {seeds[0]} to {seeds[-1]}"
     seconds = statistics.median(float(row["wall_seconds"]) for row in rows)
+    runs = f"{len(rows)} runs, median {seconds:.0f} s each" if len(rows) > 1 else f"one run, {seconds:.0f} s"
     lines = [
         f"`python -m benchmarks.accuracy --data FOLDER --only {table.slug}`, {date_and_machine()},",
-        f"{said}, {len(rows)} runs, median {seconds:.0f} s each.",
+        f"{said}, {runs}.",
         "",
     ]
     if table.lines is not None:
@@ -103,7 +104,7 @@ def _by_score(rows: Sequence[Row], columns: Mapping[str, str]) -> Iterator[str]:
             values = [100 * float(row[column]) for row in members if row.get(column) is not None]
             cells.append(spread(values, len(members)))
         seconds = statistics.median(float(row["wall_seconds"]) for row in members)
-        yield f"| {method} | {epsilon_text(epsilon)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
+        yield f"| {shown(method)} | {epsilon_text(epsilon)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
 
 
 def shown(name: str) -> str:

@@ -61,7 +61,7 @@ def test_a_line_a_method_and_differences_by_seed(page: ModuleType) -> None:
 def test_scores_side_by_side(page: ModuleType) -> None:
     given = [{**row, "other": 0.5} for row in rows()]
     lines = page.render(table(columns={"all": "accuracy", "own": "other", "none": "missing"}), given).splitlines()
-    assert lines[5] == "| linear | 1 | 61.0 ± 1.0 | 50.0 ± 0.0 | – | 3 |"
+    assert lines[5] == "| linear head | 1 | 61.0 ± 1.0 | 50.0 ± 0.0 | – | 3 |"
 
 
 def test_only_the_place_of_a_table_changes(page: ModuleType, tmp_path: Path) -> None:
