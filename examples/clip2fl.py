@@ -3,10 +3,10 @@
     python examples/clip2fl.py --data DIR --imbalance 100 --alpha 0.5 --epsilon 1,3,8,inf --students resnet8
     python examples/clip2fl.py --features FILE.npz --train train,val --public val --imbalance 20 --epsilon 1,3,8,inf
 
-``DIR`` is CIFAR's binary archive, or ``DIR/{train,test,public}/<class>/*``. The published training is not private and
-runs at ε = inf only; private runs are those of ``fedsecure simulate``, on the same records' features. Settings are for
-the public records to choose and never the test set: both are in the tables. Given again, the same command goes on where
-it was. docs/datasets.md says where the papers' data sets come from.
+``DIR`` is CIFAR's binary archive, ``DIR/{train,test,public}/<class>/*``, or ImageNet-LT's lists with the images below
+it. The published training is not private and runs at ε = inf only; private runs are those of ``fedsecure simulate``, on
+the same records' features. Settings are for the public records to choose and never the test set: both are in the
+tables. Given again, the same command goes on where it was. docs/datasets.md says where the papers' data sets come from.
 """
 
 from __future__ import annotations
@@ -57,10 +57,12 @@ Watch = Callable[[Step], None]
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data", type=Path, help="CIFAR's binary archive, or a folder with train/ and test/")
+    source.add_argument(
+        "--data", type=Path, help="CIFAR's binary archive, a folder with train/ and test/, or ImageNet-LT"
+    )
     source.add_argument("--features", type=Path, help="feature file (docs/datasets.md)")
     parser.add_argument("--students", default="features", choices=("resnet8", "features"))
-    parser.add_argument("--imbalance", type=float, default=100.0, help="commonest class over rarest")
+    parser.add_argument("--imbalance", type=float, default=100.0, help="commonest class over rarest; 0: as it is")
     parser.add_argument("--alpha", type=float, default=0.5, help="of the Dirichlet partition")
     parser.add_argument("--partition", default="equal-dirichlet", choices=("equal-dirichlet", "dirichlet"))
     parser.add_argument("--commonest-first", action="store_true", help="the tail goes by class sizes, not by label")

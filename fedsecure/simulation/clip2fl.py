@@ -157,11 +157,13 @@ def run_published(
         head = branches[name].classifier(student, sites) if name in branches else None
         found = {on: predict(student, records[on].inputs, classifier=head) for on in ("test", "public")}
         row = _row(tail, name, found, seed=seed, partition=partition, reason=reason)
-        gradients = 0
+        classes, width = student.head.weight.shape
+        beside = 0
         if name in _WITH_GRADIENTS:
-            layout = ClassGradients(len(tail.counts), int(student.head.weight.shape[1]), rows="full")
-            gradients = 4 * layout.length * min(settings.last, settings.rounds)
-        row |= {"rounds": settings.rounds, "bytes_up": sent * settings.rounds + gradients, "cell": key}
+            beside = ClassGradients(classes, width, rows="full").length * min(settings.last, settings.rounds)
+        elif name == "ccvr":
+            beside = classes * (1 + width + width**2)
+        row |= {"rounds": settings.rounds, "bytes_up": sent * settings.rounds + 4 * beside, "cell": key}
         row["moved"] = getattr(branches.get(name), "moved", [])
         row["wall_seconds"] = round(time.monotonic() - begun, 2)
         write_row(out, key, row)

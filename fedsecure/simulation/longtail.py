@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fedsecure.data.cifar import is_cifar, read_cifar, read_pixels
+from fedsecure.data.cifar import is_cifar, read_cifar, read_image_list, read_pixels
 from fedsecure.data.dataset import Dataset, Subset
 from fedsecure.data.images import ImageFiles, list_class_tree
 from fedsecure.data.longtail import FEW, MANY, Indices, class_groups, class_thirds, group_accuracy, long_tail
@@ -27,6 +27,8 @@ from fedsecure.simulation.pool import read_pool
 if TYPE_CHECKING:
     pass
 
+# ImageNet-LT's lists are called ImageNet_LT_train.txt and so on.
+_LISTS = "ImageNet_LT_"
 Watch = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
 
@@ -113,7 +115,8 @@ def from_features(
 def from_images(
     data: Path, *, model: str, pretrained: str, cache: Path, each: int = 20, progress: Watch = lambda *_: None
 ) -> Source:
-    """CIFAR's binary archive, or ``DIR/{train,test}/<class>/*``, with ``public/`` beside them or cut from training.
+    """CIFAR's binary archive, ``DIR/{train,test}/<class>/*`` with ``public/`` beside them or cut from training, or
+    ImageNet-LT's lists, whose validation list is then public.
 
     Args:
         data: archive or folder.
@@ -137,6 +140,8 @@ def from_images(
         cifar = read_cifar(data)
         classes = cifar.classes
         splits = {"train": cifar.train, "test": cifar.test}
+    elif (data / f"{_LISTS}train.txt").is_file():
+        classes, splits = _listed(data)
     else:
         if not (data / "train").is_dir() or not (data / "test").is_dir():
             raise DataError(
@@ -172,6 +177,24 @@ def from_images(
     )
 
 
+def _listed(data: Path) -> tuple[tuple[str, ...], dict[str, Dataset]]:
+    """ImageNet-LT: ``classes.txt`` with a name a line, the lists, and the images below the same folder."""
+    try:
+        classes = tuple(filter(None, (data / "classes.txt").read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(
+            "FS-1167",
+            f"{data / 'classes.txt'} cannot be read ({error!s:.80})",
+            expected="the name of each class, a line each, in the order of the labels",
+            cure="see docs/datasets.md, long-tailed sets",
+        ) from error
+    splits: dict[str, Dataset] = {}
+    for split, name in (("train", "train"), ("public", "val"), ("test", "test")):
+        entries = read_image_list(data / f"{_LISTS}{name}.txt", root=data, classes=len(classes))
+        splits[split] = ImageFiles(entries, name=f"{data.name}/{name}", classes=classes, public=split != "train")
+    return classes, splits
+
+
 def _first_of_each(labels: npt.NDArray[np.int64], *, classes: int, each: int) -> Indices:
     """``each`` rows of every class, chosen by a fixed seed."""
     generator = np.random.default_rng(0)
@@ -195,7 +218,7 @@ def arrange(
     Args:
         source: the records.
         sites: number of sites.
-        imbalance: count of the commonest class over that of the rarest.
+        imbalance: count of the commonest class over that of the rarest; 0 takes the records as they are.
         partition: ``equal-dirichlet:ALPHA`` as in the papers, ``dirichlet:ALPHA`` or ``iid``.
         seed: of the subset, of the order among equally large classes, and of the partition.
         commonest_first: the tail goes by how many records a class has, equal ones in an order drawn by ``seed``; by
@@ -210,7 +233,10 @@ def arrange(
     if commonest_first:
         held = np.bincount(labels, minlength=classes)
         order = np.lexsort((np.random.default_rng(seed).random(classes), -held)).tolist()
-    kept = long_tail(labels, classes=classes, imbalance=imbalance, seed=seed, order=order)
+    if imbalance:
+        kept = long_tail(labels, classes=classes, imbalance=imbalance, seed=seed, order=order)
+    else:
+        kept = np.arange(len(labels))
     counts = np.bincount(labels[kept], minlength=classes)
     kind, _, alpha = partition.partition(":")
     try:

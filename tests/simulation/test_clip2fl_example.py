@@ -170,6 +170,28 @@ def test_images(example: ModuleType, tmp_path: Path) -> None:
         assert [row["method"] for row in csv.DictReader(stream)] == ["fedavg", "clip2fl-published"]
 
 
+def test_lists_of_images_as_they_are(tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    for split, counts in (("train", (5, 2)), ("val", (1, 1)), ("test", (2, 2))):
+        lines = []
+        for label, count in enumerate(counts):
+            for i in range(count):
+                name = f"{split}-{label}-{i}.png"
+                Image.fromarray(generator.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / name)
+                lines.append(f"{name} {label}\n")
+        (tmp_path / f"ImageNet_LT_{split}.txt").write_text("".join(lines))
+
+    def read() -> Any:
+        return from_images(tmp_path, model="fedsecure-tiny", pretrained="bundled", cache=tmp_path / "cache")
+
+    refused(DataError, "FS-1167", read)
+    (tmp_path / "classes.txt").write_text("cat\ndog\n")
+    tail = arrange(read(), sites=2, imbalance=0, partition="iid", seed=0)
+    assert tail.source.classes == ("cat", "dog")
+    assert tail.counts.tolist() == [5, 2]
+    assert len(tail.source.public) == 2
+
+
 def test_every_method_has_a_trunk() -> None:
     from fedsecure.learning.baselines import TRUNKS
 
