@@ -51,6 +51,13 @@ def test_the_json_has_the_promised_keys(stub: Path) -> None:
     assert set(result["wire"]) == {"n100_b32", "n100_b16"}
 
 
+@pytest.mark.slow
+def test_the_masks_alone(stub: Path) -> None:
+    done = run("-m", "benchmarks.secagg", "--quick", "--masks", "--json", "--flower", str(stub))
+    assert done.returncode == 0, done.stderr
+    assert set(json.loads(done.stdout)) == {"mask"}
+
+
 def test_a_hundred_sites_keep_the_bound_on_bytes() -> None:
     """What comes on top of the vector does not grow with it, so that a short vector shows it for long ones."""
     program = """
