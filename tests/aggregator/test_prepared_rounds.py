@@ -133,7 +133,7 @@ def test_a_restart_that_renews_the_keys_is_recorded(tmp_path: Path) -> None:
 
         def next(self, request: pb.NextRequest) -> pb.Directive:
             if request.after >= 45:
-                back.wait(30)
+                back.wait(90)
             return super().next(request)
 
     class Returning(MemoryTransport):
