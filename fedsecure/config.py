@@ -132,7 +132,9 @@ class Clip2flConfig(_Section):
         project: whether features are projected on the span of the class texts, which is less noise and less signal.
         gate: a class whose noisy gradient's square is less than so many times the noise's is led by its text alone.
         features: m, federated features a class.
-        matching_steps, matching_rate: of the gradient matching.
+        start: where they begin: ``"text"``: at their class's text, as long as √d, in noise N(0, I); ``"noise"``: in
+            that noise alone, as published.
+        matching_steps, matching_rate: of the gradient matching; the published 0.1 goes with hundreds of releases.
         cosine: one cosine for each row of a class's gradient, or one for its matrix.
         contrast: η of the prototype contrast; 0 is CReFF.
         contrast_temperature: its τ.
@@ -151,8 +153,9 @@ class Clip2flConfig(_Section):
     project: bool = False
     gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
     features: Annotated[int, Field(ge=1, le=10_000)] = 100
+    start: Literal["text", "noise"] = "text"
     matching_steps: Annotated[int, Field(ge=0, le=100_000)] = 100
-    matching_rate: Positive = 0.1
+    matching_rate: Positive = 100.0
     cosine: Literal["rows", "matrix"] = "rows"
     contrast: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
     contrast_temperature: Positive = 0.1

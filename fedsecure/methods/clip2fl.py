@@ -52,10 +52,6 @@ class FederatedFeatureDescent(AdapterDescent):
 
     # --- the aggregator's half --------------------------------------------------------------------------------------
 
-    def start(self, settings: RunSettings, cohort: Cohort) -> ServerState:
-        self.check(settings)
-        return AdapterDescent.start(self, settings, cohort)
-
     def ask(self, settings: RunSettings, cohort: Cohort, state: ServerState) -> Ask | None:
         ask = AdapterDescent.ask(self, settings, cohort, state)
         if ask is None:
@@ -88,6 +84,8 @@ class FederatedFeatureDescent(AdapterDescent):
         found_before = state.tensors.get(_FEATURES)
         if found_before is None:
             found_before = fresh_features(classes, options.features, dimension, seed=seed)
+            if options.start == "text":
+                found_before = found_before + math.sqrt(dimension) * task.prior[:, None]
         now = Classifier(np.asarray(state.tensors.get(_CLASSIFIER, self._zero(settings)), np.float32))
         target = np.asarray(state.tensors[_SUM], np.float64)
         noise = self.plan(settings, cohort).last_events[0].noise_multiplier * options.clip_norm
@@ -162,7 +160,13 @@ class FederatedFeatureDescent(AdapterDescent):
         return ClassGradients(classes, width, options.class_gradients, bias=False)
 
     def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
-        """The run's plan with training and class gradients, both within the target."""
+        """The run's plan with training and class gradients, both within the target.
+
+        Raises:
+            ConfigError: FS-1017 settings that do not go together.
+            PrivacyError: as :meth:`fedsecure.privacy.plan.Privacy.plan`.
+        """
+        self.check(settings)
         if not settings.method.clip2fl.releases:
             return AdapterDescent.plan(self, settings, cohort)
         return _plan(settings.canonical(), cohort, self.spec(settings).parameters)

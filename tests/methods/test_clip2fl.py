@@ -22,9 +22,15 @@ from fedsecure.methods.agenda import question, starting_state
 from fedsecure.methods.clip2fl import METHOD
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.privacy import accounting
-from tests.federation_world import CLASSES, World
+from tests.federation_world import CLASSES, World, write_features
 
-SMALL: dict[str, Any] = {"features": 10, "matching_steps": 20, "head_epochs": 20, "head_rate": 0.1}
+SMALL: dict[str, Any] = {
+    "features": 10,
+    "matching_steps": 20,
+    "matching_rate": 5.0,
+    "head_epochs": 20,
+    "head_rate": 0.1,
+}
 
 
 def world_of(folder: Path, **options: Any) -> World:
@@ -59,7 +65,7 @@ def saved_state(world: World) -> dict[str, Any]:
     ("noise", "options"),
     [
         ("distributed", {"releases": 2, "class_gradients": "full", "warm_start": True}),
-        ("local", {"local_steps": 2, "negatives": "features", "budget_share": 0.3}),
+        ("local", {"local_steps": 2, "budget_share": 0.3}),
     ],
 )
 def test_a_whole_run_learns_and_every_release_is_paid_for(tmp_path: Path, noise: str, options: dict[str, Any]):
@@ -274,6 +280,17 @@ def test_an_aggregator_without_the_texts_says_so(tmp_path: Path):
     world.run(*(world.take_part(name) for name in world.names))
     assert core.outcome is not None
     assert "FS-1640" in core.outcome["error"]
+
+
+def test_an_aggregator_with_the_texts_of_other_classes_says_so(tmp_path: Path):
+    world = world_of(tmp_path, rounds=1)
+    write_features(tmp_path / "other.npz", seed=1)
+    world.start()
+    core = world.coordinator
+    core.config = core.config.model_copy(update={"encoder_file": tmp_path / "other.npz"})
+    world.run(*(world.take_part(name) for name in world.names))
+    assert core.outcome is not None
+    assert "FS-1630" in core.outcome["error"]
 
 
 def test_defaults_are_those_of_the_private_profile():
