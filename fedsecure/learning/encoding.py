@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -61,7 +63,8 @@ def encode_dataset(
         progress(done, count)
     for start in range(0, len(rows), _CHUNK):
         chunk = rows[start : start + _CHUNK]
-        encoded = encoder.encode_images(_Lazy(dataset, chunk), batch_size=batch_size)
+        watch = None if progress is None else partial(_at, progress, done, count)
+        encoded = encoder.encode_images(_Lazy(dataset, chunk), batch_size=batch_size, progress=watch)
         fresh = {keys[i]: vector for i, vector in zip(chunk, encoded, strict=True)}
         if cache is not None:
             cache.put(encoder.fingerprint, fresh)
@@ -70,6 +73,36 @@ def encode_dataset(
         if progress is not None:
             progress(done, count)
     return np.stack([known[key] for key in keys])
+
+
+def _at(progress: Progress, before: int, count: int, done: int, chunk: int) -> None:
+    # The last batch of a chunk is told of once the chunk is stored: who stops there stops with what was told.
+    if done < chunk:
+        progress(before + done, count)
+
+
+def pace(say: Callable[[str], None], name: str, *, every: float = 2.0) -> Progress:
+    """A ``progress`` that says now and then how far the encoding of ``name`` is, and how many images it does a second.
+
+    Args:
+        say: takes the line.
+        name: of the data set.
+        every: seconds between lines; the last image is told of in any case.
+    """
+    begun, known, last = 0.0, -1, 0.0
+
+    def watch(done: int, count: int) -> None:
+        nonlocal begun, known, last
+        now = time.monotonic()
+        if known < 0 or done < known:
+            begun = last = now
+            known = done
+        elif now - last >= every or done == count:
+            last = now
+            rate = (done - known) / max(now - begun, 1e-9)
+            say(f"encoding {name}: {done:,} of {count:,} images, {rate:.3g} a second")
+
+    return watch
 
 
 def _check_frozen(encoder: Encoder | PixelRows) -> None:

@@ -13,6 +13,7 @@ from fedsecure.config import DatasetConfig
 from fedsecure.data.dataset import Dataset
 from fedsecure.data.loading import open_dataset
 from fedsecure.errors import DataError, PrivacyError
+from fedsecure.learning.encoding import pace
 from fedsecure.learning.features import check_declared, check_patients, load_units
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Population
@@ -139,6 +140,7 @@ class Sources:
                     cap=privacy.max_records_per_unit,
                     max_units=self._declared(population),
                     key=self.ledger.key,
+                    progress=pace(lambda line: self.progress(Moment(line)), section.name),
                     views=member.settings.method.views if population == "train" else 1,
                 )
                 self._loaded[population] = given, units

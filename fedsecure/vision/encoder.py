@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -96,15 +96,29 @@ class Encoder:
         if device is not None:
             self._move(device)
         out = np.empty((len(images), self.dimension), dtype=np.float32)
+        pinned = self.device.startswith("cuda")
         with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-            for start in range(0, len(images), batch_size):
-                stop = min(start + batch_size, len(images))
-                ready = list(pool.map(lambda i: self.preprocess(images[i]), range(start, stop)))
-                with torch.inference_mode(), self._precision():
-                    encoded = self._model.encode_image(torch.stack(ready).to(self.device))
-                out[start:stop] = encoded.float().cpu().numpy()
-                if progress is not None:
-                    progress(stop, len(images))
+
+            def prepare(start: int) -> list[Future[torch.Tensor]]:
+                rows = range(start, min(start + batch_size, len(images)))
+                return [pool.submit(lambda i=i: self.preprocess(images[i])) for i in rows]  # type: ignore[misc]
+
+            ahead = prepare(0)
+            try:
+                for start in range(0, len(images), batch_size):
+                    batch = torch.stack([ready.result() for ready in ahead])
+                    # The next batch is read and preprocessed while this one is encoded.
+                    ahead = prepare(start + batch_size)
+                    with torch.inference_mode(), self._precision():
+                        held = batch.pin_memory() if pinned else batch
+                        encoded = self._model.encode_image(held.to(self.device, non_blocking=pinned))
+                    stop = start + len(batch)
+                    out[start:stop] = encoded.float().cpu().numpy()
+                    if progress is not None:
+                        progress(stop, len(images))
+            finally:
+                for waiting in ahead:
+                    waiting.cancel()
         if not np.isfinite(out).all():
             raise ModelError(
                 "FS-1608",

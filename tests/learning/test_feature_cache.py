@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from fedsecure.data.dataset import Dataset, Subset
 from fedsecure.data.loading import from_arrays
 from fedsecure.data.phantoms import CLASSES, SITES, generate
 from fedsecure.errors import DataError, EnvironmentProblem
-from fedsecure.learning.encoding import encode_dataset
+from fedsecure.learning.encoding import encode_dataset, pace
 from fedsecure.vision.cache import FeatureCache
 from fedsecure.vision.encoder import Encoder, load_encoder
 
@@ -168,3 +169,45 @@ def test_unusable_folder(tmp_path: Path) -> None:
     (tmp_path / "c" / "features.sqlite").mkdir()
     with pytest.raises(EnvironmentProblem, match="FS-1813"):
         len(cache)
+
+
+def test_the_pace_is_told_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 1.0, 3.0, 3.5, 4.0])
+    monkeypatch.setattr("fedsecure.learning.encoding.time.monotonic", lambda: next(clock))
+    said: list[str] = []
+    watch = pace(said.append, "scans")
+    for done in (100, 150, 250, 260, 500):
+        watch(done, 500)
+    assert said == [
+        "encoding scans: 250 of 500 images, 50 a second",
+        "encoding scans: 500 of 500 images, 100 a second",
+    ]
+
+
+def test_nothing_is_said_where_everything_is_known() -> None:
+    said: list[str] = []
+    pace(said.append, "scans")(7, 7)
+    assert not said
+
+
+def test_batches_are_prepared_ahead_and_come_out_in_order(tiny: Encoder) -> None:
+    """One image at a time, in batches, and with a size that does not divide: the same features at their own places."""
+    shown = [Image.fromarray(np.full((20, 20, 3), 12 * i, np.uint8)) for i in range(11)]
+    alone = np.concatenate([tiny.encode_images([image]) for image in shown])
+    seen: list[tuple[int, int]] = []
+    for size in (1, 4, 11, 64):
+        found = tiny.encode_images(shown, batch_size=size, progress=lambda *x: seen.append(x))
+        np.testing.assert_allclose(found, alone, atol=1e-4)
+    assert seen[-5:] == [(4, 11), (8, 11), (11, 11), (11, 11), (11, 11)]
+    assert tiny.encode_images([]).shape == (0, tiny.dimension)
+
+
+def test_an_image_that_cannot_be_read_ends_the_encoding_with_its_own_error(tiny: Encoder) -> None:
+    class Broken(list):  # type: ignore[type-arg]
+        def __getitem__(self, i: int) -> Image.Image:  # type: ignore[override]
+            if i == 5:
+                raise OSError("image 5")
+            return Image.new("RGB", (9, 9))
+
+    with pytest.raises(OSError, match="image 5"):
+        tiny.encode_images(Broken([None] * 8), batch_size=4)
