@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 import typer.core
 
 from fedsecure.cli.options import Engine, Json
+
+if TYPE_CHECKING:
+    from fedsecure.identity.roster import Roster
 
 budget = typer.Typer(help="What has been spent of each data set's privacy budget.", no_args_is_help=True)
 transcript = typer.Typer(help="Recorded rounds.", no_args_is_help=True)
@@ -23,6 +26,15 @@ class _PageFirst(typer.core.TyperGroup):
 
 report = typer.Typer(cls=_PageFirst, help="A privacy report as a page, or checked.", no_args_is_help=True)
 ReportFile = Annotated[Path, typer.Argument(help="privacy-report.json of a site, or report.json of a federation.")]
+Coordinator = Annotated[Path | None, typer.Option(help="coordinator.pub; beside the roster by default.")]
+
+
+def _trusted(roster: Path, coordinator: Path | None) -> Roster:
+    """A roster that its coordinator signed."""
+    from fedsecure.identity import keys
+    from fedsecure.identity.roster import Roster
+
+    return Roster.load(roster, keys.load_public_key(coordinator or roster.with_name("coordinator.pub")))
 
 
 @report.command("page")
@@ -69,7 +81,7 @@ def report_attach(
 def report_verify(
     file: ReportFile,
     roster: Annotated[Path | None, typer.Option(help="roster.json; without it signatures are not checked.")] = None,
-    coordinator: Annotated[Path | None, typer.Option(help="coordinator.pub; beside the roster by default.")] = None,
+    coordinator: Coordinator = None,
     as_json: Json = False,
 ) -> None:
     """Compute every figure of a report again from its events, and check its sites' signatures."""
@@ -77,14 +89,12 @@ def report_verify(
 
     from fedsecure.cli.display import print_json
     from fedsecure.identity import keys
-    from fedsecure.identity.roster import Roster
     from fedsecure.privacy.report_html import load_report
     from fedsecure.privacy.report_verify import PURPOSE, verify_report
 
     public: dict[str, bytes] = {}
     if roster is not None:
-        known = Roster.load(roster, keys.load_public_key(coordinator or roster.with_name("coordinator.pub")))
-        public = {entry.site: entry.identity_key for entry in known.entries}
+        public = {entry.site: entry.identity_key for entry in _trusted(roster, coordinator).entries}
 
     def holds(site: str, body: bytes, signature: bytes) -> bool:
         return site in public and keys.verify(public[site], PURPOSE, body, signature)
@@ -180,13 +190,19 @@ def budget_verify(
 @transcript.command("verify")
 def transcript_verify(
     file: Annotated[Path, typer.Argument(help="A recorded round.")],
+    roster: Annotated[Path | None, typer.Option(help="roster.json to trust, in place of the transcript's own.")] = None,
+    coordinator: Coordinator = None,
+    set_up: Annotated[
+        Path | None, typer.Option(help="Transcript of the set-up of its keys; the one beside it by default.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Check every signature, context, commitment and hash of a recorded round, and name who broke a rule."""
     from fedsecure.cli.display import print_json
     from fedsecure.secagg.verify import verify_transcript
 
-    verdict = verify_transcript(file)
+    known = None if roster is None else _trusted(roster, coordinator)
+    verdict = verify_transcript(file, roster=known, set_up=set_up)
     if as_json:
         print_json(verdict.to_dict())
     else:

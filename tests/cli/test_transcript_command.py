@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 from cli.conftest import Command
+from federation_world import World
+
+from fedsecure.identity.provision import provision
 
 GOLDEN = Path(__file__).resolve().parents[1] / "vectors" / "golden-n5-drop-masked.transcript"
 
@@ -45,3 +48,27 @@ def test_a_file_that_is_no_transcript_is_one_error(command: Command, tmp_path: P
     other.write_bytes(b"PK\x03\x04")
     for file in (short, other, tmp_path / "nothing", tmp_path):
         assert command("transcript", "verify", file).error() == "FS-1380"
+
+
+def test_a_roster_to_trust_and_the_set_up_by_name(command: Command, tmp_path: Path) -> None:
+    (tmp_path / "own").mkdir()
+    world = World(tmp_path / "own", rounds=1, waits={"transcripts": True, "prepared_rounds": 2})
+    world.start()
+    world.run(*(world.take_part(name) for name in world.names))
+    assert not world.errors
+    folder = next((tmp_path / "own" / "aggregator").rglob("transcripts"))
+    (set_up,) = folder.glob("set-up-*.transcript")
+    prepared = folder / "round-00001-attempt-0.transcript"
+    assert command("transcript", "verify", prepared).status == 0
+    roster = tmp_path / "own" / "keys" / "sites" / "site-1" / "identity" / "roster.json"
+    moved = tmp_path / "moved"
+    set_up.rename(moved)
+    assert command("transcript", "verify", prepared).error() == "FS-1380"
+    assert command("transcript", "verify", prepared, "--set-up", moved, "--roster", roster).status == 0
+    provision(tmp_path / "other", federation="world", sites=dict.fromkeys(world.names, "train"), hosts=("localhost",))
+    foreign = tmp_path / "other" / "sites" / "site-1" / "identity" / "roster.json"
+    told = command("transcript", "verify", moved, "--roster", foreign)
+    assert told.status == 1
+    assert "FS-1337" in told.out
+    own = roster.with_name("coordinator.pub")
+    assert command("transcript", "verify", moved, "--roster", foreign, "--coordinator", own).error().startswith("FS-1")
