@@ -83,11 +83,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
     parser.add_argument("--out", type=Path, default=Path("clip2fl-results"))
     for one in fields(Settings):
-        if one.name == "contrast_sum":
-            parser.add_argument("--contrast-sum", action="store_true", help="sum the contrast, as in the paper")
+        flag, kind = f"--{one.name.replace('_', '-')}", type(one.default)
+        if kind is bool:
+            parser.add_argument(flag, action="store_true", help="published")
         elif one.name != "students":
-            kind = type(one.default)
-            parser.add_argument(f"--{one.name.replace('_', '-')}", type=kind, default=one.default, help="published")
+            parser.add_argument(flag, type=kind, default=one.default, help="published")
     return parser.parse_args(given)
 
 

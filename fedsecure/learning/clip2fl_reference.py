@@ -8,6 +8,7 @@ is that record's feature: whoever trains with this must have said that the run i
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -306,6 +307,8 @@ class Retrained:
         rows: ``full`` as published, or ``diagonal``.
         seed: of features and classifiers.
         warm: go on from the last classifier, as the paper's text has it, instead of from a fresh one, as released.
+        text_start: begin features at √d times their class's text, for students whose features are CLIP's own, instead
+            of at N(0, I) alone.
     """
 
     name: str
@@ -318,6 +321,7 @@ class Retrained:
     rows: str = "full"
     seed: int = 0
     warm: bool = False
+    text_start: bool = False
     moved: list[tuple[float, float]] = field(default_factory=list)
     _features: Float32 | None = None
     _classifier: Classifier | None = None
@@ -329,9 +333,12 @@ class Retrained:
         held = self._classifier or fresh_classifier(classes, dimension, seed=self.seed)
         layout = ClassGradients(classes, dimension, rows="full" if self.rows == "full" else "diagonal")
         target = mean_gradients(student, sites, held, layout)
-        start = fresh_features(classes, self.each, dimension, seed=self.seed)
+        if self._features is None:
+            self._features = fresh_features(classes, self.each, dimension, seed=self.seed)
+            if self.text_start and self.text is not None:
+                self._features += np.float32(math.sqrt(dimension)) * self.text[:, None]
         found = find_features(
-            start if self._features is None else self._features,
+            self._features,
             held,
             target.ravel(),
             layout,

@@ -67,6 +67,7 @@ class Settings:
         matching_steps, matching_rate, retraining_epochs, retraining_rate: of the branch.
         contrast, contrast_temperature, contrast_sum: η, τ, and whether the contrast is summed, as in the paper, or
             averaged, as released.
+        text_start: federated features begin at their class's text, in CLIP2FL with students of features.
         tau: of τ-normalisation.
     """
 
@@ -89,6 +90,7 @@ class Settings:
     contrast: float = 0.001
     contrast_temperature: float = 0.1
     contrast_sum: bool = False
+    text_start: bool = False
     tau: float = 1.0
 
 
@@ -301,6 +303,7 @@ def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch 
             retraining=retraining,
             contrast=contrast,
             text=None if contrast is None else tail.source.text,
+            text_start=settings.text_start,
             seed=seed,
         )
 

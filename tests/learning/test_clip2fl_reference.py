@@ -111,6 +111,15 @@ def test_the_side_branch_may_run_in_the_last_rounds_only() -> None:
     assert late.moved[0][0] > 0 == late.moved[0][1]
 
 
+def test_features_may_begin_at_their_text() -> None:
+    student = build_student(SPEC, seed=0)
+    # No steps of matching: what the classifier learns is the texts alone.
+    still = Retrained("clip2fl", each=10, matching=Matching(steps=0), text=TEXT, text_start=True)
+    still.retraining, still.contrast = Retraining(epochs=40), PrototypeContrast(0.0)
+    found = predict(student, TEST.inputs, classifier=still.classifier(student, long_tailed()))
+    assert (found == TEST.labels.numpy()).mean() > 0.9
+
+
 def test_averages_are_weighted_and_keep_counters() -> None:
     one, two = ({"w": torch.tensor([x]), "n": torch.tensor(5 + int(x))} for x in (1.0, 4.0))
     found = average([one, two], [2, 1])
