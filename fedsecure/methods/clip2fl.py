@@ -30,7 +30,7 @@ from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
-from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.cohorts import cohort_of, refuse_target
 from fedsecure.methods.descent import AdapterDescent
 from fedsecure.privacy.grid import distributed_segment
 from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
@@ -163,10 +163,11 @@ class FederatedFeatureDescent(AdapterDescent):
         """The run's plan with training and class gradients, both within the target.
 
         Raises:
-            ConfigError: FS-1017 settings that do not go together.
+            ConfigError: FS-1017 settings that do not go together, FS-1018 a target to align with.
             PrivacyError: as :meth:`fedsecure.privacy.plan.Privacy.plan`.
         """
         self.check(settings)
+        refuse_target(settings)
         if not settings.method.clip2fl.releases:
             return AdapterDescent.plan(self, settings, cohort)
         return _plan(settings.canonical(), cohort, self.spec(settings).parameters)

@@ -287,7 +287,7 @@ def test_prototypes_need_a_second_round_and_a_wide_ring(tmp_path: Path) -> None:
         RunSettings.model_validate({**content, "privacy": {**content["privacy"], "ring_bits": 16}})
 
 
-@pytest.mark.parametrize("name", ["linear", "fedclip", "ridge"])
+@pytest.mark.parametrize("name", ["linear", "fedclip", "clip2fl", "ridge"])
 def test_methods_that_do_not_align_refuse_a_target(tmp_path: Path, name: str) -> None:
     settings = aligned_world(tmp_path).settings
     _, cohort = cohort_of(settings, trainers_only=True)

@@ -1,0 +1,120 @@
+"""Which federated method trains, and the settings of single methods."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedsecure.config.section import Label, Positive, Section
+
+
+class Clip2flConfig(Section):
+    """What the method ``clip2fl`` goes by, and no other; the defaults are those of a private run.
+
+    Attributes:
+        distillation: β, how much zero-shot CLIP teaches in local training; 0 is plain cross-entropy.
+        distillation_temperature: T of both sides' softmax.
+        releases: in how many of the last rounds the sites give class gradients; 0 leaves the side branch out.
+        class_gradients: ``"diagonal"``: each class's own row of the classifier's gradient; ``"full"``: all rows.
+        budget_share: of the run's budget, for the class gradients.
+        clip_norm: what a unit's class gradients are clipped to, for features of unit length.
+        project: whether features are projected on the span of the class texts, which is less noise and less signal.
+        gate: a class whose noisy gradient's square is less than so many times the noise's is led by its text alone.
+        features: m, federated features a class.
+        start: where they begin: ``"text"``: at their class's text, as long as √d, in noise N(0, I); ``"noise"``: in
+            that noise alone, as published.
+        matching_steps, matching_rate: of the gradient matching; the published 0.1 goes with hundreds of releases.
+        cosine: one cosine for each row of a class's gradient, or one for its matrix.
+        contrast: η of the prototype contrast; 0 is CReFF.
+        contrast_temperature: its τ.
+        negatives: the contrast's: other classes' texts, or other federated features.
+        reduction: whether the contrast is summed or averaged over the federated features.
+        head_epochs, head_batch, head_rate: of the classifier's re-training.
+        warm_start: whether the classifier goes on from the last one instead of from a fresh one.
+    """
+
+    distillation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
+    distillation_temperature: Positive = 3.0
+    releases: Annotated[int, Field(ge=0, le=100_000)] = 1
+    class_gradients: Literal["diagonal", "full"] = "diagonal"
+    budget_share: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    clip_norm: Positive = 1.0
+    project: bool = False
+    gate: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 2.0
+    features: Annotated[int, Field(ge=1, le=10_000)] = 100
+    start: Literal["text", "noise"] = "text"
+    matching_steps: Annotated[int, Field(ge=0, le=100_000)] = 100
+    matching_rate: Positive = 100.0
+    cosine: Literal["rows", "matrix"] = "rows"
+    contrast: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.1
+    contrast_temperature: Positive = 0.1
+    negatives: Literal["text", "features"] = "text"
+    reduction: Literal["sum", "mean"] = "sum"
+    head_epochs: Annotated[int, Field(ge=1, le=100_000)] = 300
+    head_batch: Annotated[int, Field(ge=1, le=100_000)] = 32
+    head_rate: Positive = 0.01
+    warm_start: bool = False
+
+
+class AlignmentConfig(Section):
+    """FACMIC's alignment with a public target, for the method ``facmic``; off by default.
+
+    Attributes:
+        weight: λ of the local discrepancy to the target, beside cross-entropy.
+        negatives: weight of the text-to-image term, with the target's images in place of a batch's.
+        target: SHA-256 in hex of the target file, of which everybody who aligns names a copy (``target_file``).
+        prototypes: whether the first round releases class prototypes of the sources, in place of a gradient and at
+            its price; without, the target only attracts.
+        at: who aligns: ``"sites"`` in every step, or the ``"aggregator"`` after the last, on the prototypes alone.
+        transductive: accept a target that holds images of an evaluation set.
+    """
+
+    weight: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    negatives: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    target: Annotated[str, Field(pattern=r"^([0-9a-f]{64})?$")] = ""
+    prototypes: bool = False
+    at: Literal["sites", "aggregator"] = "sites"
+    transductive: bool = False
+
+    @model_validator(mode="after")
+    def _check_use(self) -> Self:
+        if bool(self.target) != (self.weight > 0 or self.negatives > 0):
+            raise ValueError("a target goes with a weight or negatives above 0, and these with a target")
+        if self.prototypes and self.weight == 0:
+            raise ValueError("prototypes are released for nothing without a weight above 0")
+        if self.at == "aggregator" and not self.prototypes:
+            raise ValueError('at = "aggregator" needs prototypes: the aggregator has no records')
+        return self
+
+
+class MethodConfig(Section):
+    """Which federated method trains, and its public settings.
+
+    Attributes:
+        name: an installed method (entry point group ``fedsecure.methods``).
+        rounds: communication rounds.
+        local_steps: gradient steps a site takes per round (``noise="local"``); one with distributed noise.
+        learning_rate: ``"auto"`` follows the predicted signal-to-noise.
+        temperature: τ of the logits; ``"auto"`` is the adapter's own default.
+        average: whether the result is the mean of the adapters of the second half of the rounds.
+        views: how many views of each training image a gradient is the mean of; 1 is the image alone.
+        alignment: of the method ``facmic``, with a public target.
+        clip2fl: what the method of that name goes by.
+    """
+
+    name: Label = "linear"
+    rounds: Annotated[int, Field(ge=1, le=100_000)] = 20
+    local_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
+    learning_rate: Literal["auto"] | Positive = "auto"
+    temperature: Literal["auto"] | Positive = "auto"
+    average: bool = False
+    views: Annotated[int, Field(ge=1, le=32)] = 1
+    alignment: AlignmentConfig = AlignmentConfig()
+    clip2fl: Clip2flConfig = Clip2flConfig()
+
+    @model_validator(mode="after")
+    def _check_alignment(self) -> Self:
+        if self.alignment.prototypes and self.rounds < 2:
+            raise ValueError("alignment.prototypes takes the first round, so rounds must be at least 2")
+        return self
