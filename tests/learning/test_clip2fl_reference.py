@@ -103,6 +103,22 @@ def test_a_rare_class_is_found_again_by_the_branches() -> None:
         assert (found == TEST.labels.numpy()).mean() > (plain == TEST.labels.numpy()).mean(), branch.name
 
 
+@pytest.mark.parametrize("each", [1, 10])
+def test_a_class_that_nobody_holds_costs_the_others_little(each: int) -> None:
+    sites = [records([30, 20, 10, 0], 1), records([20, 0, 10, 0], 2)]
+    student = train(FEDAVG, SPEC, sites, schedule=SCHEDULE, seed=0)
+    branches: tuple[Branch, ...] = (
+        Retrained("creff", **(QUICK | {"each": each})),  # type: ignore[arg-type]
+        Retrained("clip2fl", **(QUICK | {"each": each}), contrast=PrototypeContrast(), text=TEXT),  # type: ignore[arg-type]
+        VirtualFeatures(each=each, retraining=Retraining(epochs=40)),
+    )
+    for branch in branches:
+        head = branch.classifier(student, sites)
+        assert np.isfinite(head.weight).all(), branch.name
+        found = predict(student, TEST.inputs, classifier=head)
+        assert np.mean([recall(found, c) for c in range(3)]) > 0.6, branch.name
+
+
 def test_the_side_branch_may_run_in_the_last_rounds_only() -> None:
     late = Retrained("creff", last=1, **QUICK)  # type: ignore[arg-type]
     train(FEDAVG, SPEC, long_tailed(), schedule=SCHEDULE, seed=0, branches=[late])
