@@ -111,7 +111,7 @@ def measure(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--kind", default="linear", choices=("linear", "facmic"))
+    parser.add_argument("--kind", default="linear", choices=("linear", "facmic", "fedclip", "bottleneck"))
     parser.add_argument("--centre", default="file")
     parser.add_argument("--epsilon", default="0.5,1,2,4,8,inf")
     parser.add_argument("--rates", default="0.5,1,2")
