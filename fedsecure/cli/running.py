@@ -13,7 +13,13 @@ from fedsecure.cli.options import Json, Quiet
 
 
 def demo(
-    adapter: Annotated[str, typer.Option(help="linear, facmic, prototypes or ridge.")] = "linear",
+    adapter: Annotated[
+        str | None,
+        typer.Option(
+            help="An installed method, such as linear, facmic, clip2fl, prototypes or ridge. "
+            "Default: what scores better, facmic for the generated scans and linear otherwise."
+        ),
+    ] = None,
     sites: Annotated[int, typer.Option(help="Training sites, at least 3, where the data does not say.")] = 3,
     rounds: Annotated[
         int | None, typer.Option(help="Training rounds; 20 by default, 60 for facmic, 1 for prototypes and ridge.")
