@@ -26,7 +26,6 @@ from typing import Any
 from fedsecure.cli.display import out, show_error
 from fedsecure.cli.simulated import simulation_progress
 from fedsecure.errors import ConfigError, FedsecureError
-from fedsecure.files import write_whole
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation.clip2fl import (
     NAMES,
@@ -41,8 +40,8 @@ from fedsecure.simulation.clip2fl import (
 from fedsecure.simulation.folders import lay_out_experiment
 from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
 from fedsecure.simulation.reference import check_consent
-from fedsecure.simulation.simulate import SimulationOptions, Step, listed, numbers, open_results, simulate
-from fedsecure.simulation.tables import epsilon_text, plot, summarise, to_csv, to_markdown
+from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, listed, numbers, open_results, simulate
+from fedsecure.simulation.tables import write_results
 
 INSTALLED = ("clip2fl", "linear", "prototypes")
 REASON = "to compare with, on data whose user declares them public"
@@ -194,12 +193,8 @@ def run_all_published(
             reason=options.no_privacy,
             partition=partition,
             settings=settings,
-            watch=at(watch, done, len(trunks), f"{trunk}, seed {seed}"),
+            watch=in_cell(watch, done, len(trunks), f"{trunk}, seed {seed}"),
         )
-
-
-def at(watch: Watch, done: int, cells: int, what: str) -> Callable[[int, int], None]:
-    return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
 
 
 def run_privately(
@@ -234,13 +229,7 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], tail: LongTai
         shown = {group: row["groups"][group] for group in GROUPS}
         chosen = {f"{group} public": row.get("public", {}).get(group) for group in GROUPS}
         flat.append({**row, **shown, **chosen})
-    write_whole(options.out / "results.csv", to_csv(flat, extra=columns).encode(), mode=0o644)
-    summary = summarise(rows)
-    page = "\n".join((heading(options, tail), to_markdown(summary), by_group(flat, columns)))
-    write_whole(options.out / "results.md", page.encode(), mode=0o644)
-    image = options.out / "accuracy.png"
-    drawn = plot(summary, image)
-    return {"rows": rows, "summary": summary, "page": page, "plot": str(image) if drawn else None}
+    return write_results(options.out, flat, heading=heading(options, tail), columns=columns, extra=columns)
 
 
 def heading(options: argparse.Namespace, tail: LongTail) -> str:
@@ -253,19 +242,6 @@ def heading(options: argparse.Namespace, tail: LongTail) -> str:
         "Means ± standard deviation over seeds, last round throughout; a class counts as much as any other. What is\n"
         "published is not private; public records may choose settings and the test set never does.\n"
     )
-
-
-def by_group(flat: list[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Mean recall by group, on the test set and on the public records."""
-    parts = [summarise([{**row, "accuracy": row.get(column)} for row in flat]) for column in columns]
-    lines = ["| method | noise | ε | KB up, a site | " + " | ".join(columns) + " |", "|" + "---|" * (4 + len(columns))]
-    for position, entry in enumerate(parts[0]):
-        cells = [entry["method"], entry["noise"], epsilon_text(entry["epsilon"]), f"{entry['bytes_up'] / 1e3:.0f}"]
-        for part in parts:
-            mean, spread = part[position]["accuracy"], part[position]["accuracy_std"]
-            cells.append("–" if mean is None else f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def main(given: Sequence[str] | None = None) -> int:

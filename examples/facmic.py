@@ -11,8 +11,6 @@ Given again, the same command goes on where it was. docs/datasets.md says where 
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import math
 import os
 import platform
@@ -27,15 +25,14 @@ from typing import Any
 from fedsecure.cli.display import err, out, show_error
 from fedsecure.cli.simulated import simulation_progress
 from fedsecure.errors import ConfigError, FedsecureError
-from fedsecure.files import write_whole
 from fedsecure.methods.base import TrainingMethod
 from fedsecure.methods.recommend import ROUNDS
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone, reference
 from fedsecure.simulation.folders import Experiment, from_pool, lay_out_experiment, read_folders
 from fedsecure.simulation.pool import read_pool
-from fedsecure.simulation.simulate import SimulationOptions, Step, listed, numbers, open_results, simulate
-from fedsecure.simulation.tables import COLUMNS, epsilon_text, plot, summarise, to_markdown
+from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, listed, numbers, open_results, simulate
+from fedsecure.simulation.tables import epsilon_text, write_results
 
 METHODS = (
     "facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck", "fedfocal", "fedavg", "fedprox", "moon",
@@ -140,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 partition="iid" if options.data else options.partition,
                 rounds=options.reference_rounds,
                 steps=options.reference_steps,
-                watch=at(watch, done, len(cells), f"{name}, seed {seed}"),
+                watch=in_cell(watch, done, len(cells), f"{name}, seed {seed}"),
             )
             rows.append(row)
     if options.data is not None:
@@ -168,7 +165,7 @@ def run_alone(
             delta=options.delta,
             partition="iid" if options.data else options.partition,
             rounds=options.rounds,
-            watch=at(watch, done, len(cells), f"{name}, ε = {epsilon_text(epsilon)}, seed {seed}"),
+            watch=in_cell(watch, done, len(cells), f"{name}, ε = {epsilon_text(epsilon)}, seed {seed}"),
         )
         for done, (epsilon, seed) in enumerate(cells)
     ]
@@ -233,10 +230,6 @@ def prepare(
     return lambda seed: experiment, on_folders
 
 
-def at(watch: Callable[[Step], None], done: int, cells: int, what: str) -> Callable[[int, int], None]:
-    return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
-
-
 def warn(experiment: Experiment) -> None:
     """Says what lies at more than one place."""
     shared = experiment.overlap.shared()
@@ -254,18 +247,10 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], zero: dict[st
     extra = [f"{metric} {name}" for name in sets for metric in ("accuracy", "balanced accuracy")]
     extra += [f"{metric} {name}" for name in sites for metric in ("accuracy", "balanced accuracy")]
     extra += ["best round", *(f"best-round accuracy {name}" for name in sets)]
+    columns = [f"accuracy {name}" for name in (*sets, *sites)] + [f"best-round accuracy {name}" for name in sets]
+    columns += [f"balanced accuracy {name}" for name in sets]
     flat = [{**row, **further(row)} for row in rows]
-    text = io.StringIO()
-    writer = csv.DictWriter(text, (*COLUMNS, *extra), extrasaction="ignore", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(flat)
-    write_whole(options.out / "results.csv", text.getvalue().encode(), mode=0o644)
-    summary = summarise(rows)
-    page = "\n".join((heading(options, zero), to_markdown(summary), by_set(flat, sets, sites)))
-    write_whole(options.out / "results.md", page.encode(), mode=0o644)
-    image = options.out / "accuracy.png"
-    drawn = plot(summary, image)
-    return {"rows": rows, "summary": summary, "page": page, "plot": str(image) if drawn else None}
+    return write_results(options.out, flat, heading=heading(options, zero), columns=columns, extra=extra)
 
 
 def further(row: dict[str, Any]) -> dict[str, Any]:
@@ -291,25 +276,6 @@ def heading(options: argparse.Namespace, zero: dict[str, Any]) -> str:
         "Means ± standard deviation over seeds. The reference is not private, and ε = ∞ of a private method is a run\n"
         "with a token of noise. Last round throughout; the best round is chosen on the test set and no fair estimate.\n"
     )
-
-
-def by_set(flat: list[dict[str, Any]], sets: list[str], sites: list[str]) -> str:
-    """Accuracy on every test set and site, and of the best round."""
-    columns = [f"accuracy {name}" for name in (*sets, *sites)] + [f"best-round accuracy {name}" for name in sets]
-    columns += [f"balanced accuracy {name}" for name in sets]
-    parts = [summarise([{**row, "accuracy": row.get(column)} for row in flat]) for column in columns]
-    lines = ["| method | noise | ε | KB up, a site and round | " + " | ".join(columns) + " |"]
-    lines.append("|" + "---|" * (4 + len(columns)))
-    for position, entry in enumerate(parts[0]):
-        key = ("method", "noise", "epsilon")
-        members = [row for row in flat if all(row[name] == entry[name] for name in key)]
-        sent = sum(row["bytes_up"] / row["rounds"] for row in members) / len(members)
-        cells = [entry["method"], entry["noise"], epsilon_text(entry["epsilon"]), f"{sent / 1e3:.1f}"]
-        for part in parts:
-            mean, spread = part[position]["accuracy"], part[position]["accuracy_std"]
-            cells.append("–" if mean is None else f"{100 * mean:.1f}" + (f" ± {100 * spread:.1f}" if spread else ""))
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def main(given: Sequence[str] | None = None) -> int:

@@ -13,8 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
@@ -31,9 +29,9 @@ from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.cohorts import cohort_of, refuse_target
-from fedsecure.methods.descent import AdapterDescent
+from fedsecure.methods.descent import AdapterDescent, plan_of
 from fedsecure.privacy.grid import distributed_segment
-from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
+from fedsecure.privacy.plan import LastReleases, PrivacyPlan
 
 PURPOSE = "class gradients"
 # Values of a contribution, and of the federated features.
@@ -168,9 +166,9 @@ class FederatedFeatureDescent(AdapterDescent):
         """
         self.check(settings)
         refuse_target(settings)
-        if not settings.method.clip2fl.releases:
-            return AdapterDescent.plan(self, settings, cohort)
-        return _plan(settings.canonical(), cohort, self.spec(settings).parameters)
+        options = settings.method.clip2fl
+        last = LastReleases(PURPOSE, options.releases, options.budget_share) if options.releases else None
+        return plan_of(settings.canonical(), cohort, self.spec(settings).parameters, last=last)
 
     def class_segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan) -> Segment:
         """The layout of the class gradients in a round's vector; the sites share their noise whatever the training's
@@ -234,21 +232,6 @@ def _as_residual(classifier: Classifier, task: HeadTask) -> Float32:
     """D with τ·a·Pᵀ + a·Dᵀ = W·√d·a."""
     weight = np.asarray(classifier.weight, np.float64) * math.sqrt(task.spec.dimension)
     return np.asarray(weight - task.scale * task.prior, np.float32)
-
-
-@lru_cache(maxsize=16)
-def _plan(canonical: str, cohort: Cohort, parameters: int) -> PrivacyPlan:
-    settings = RunSettings.parse(canonical)
-    options: Any = settings.method.clip2fl
-    return Privacy(**settings.privacy.model_dump()).plan(
-        parameters=parameters,
-        units=settings.declared_units(),
-        rounds=settings.method.rounds,
-        local_steps=settings.method.local_steps,
-        cohort=cohort,
-        sampling_rates=settings.sampling_rates(),
-        last=LastReleases(PURPOSE, options.releases, options.budget_share),
-    )
 
 
 METHOD = FederatedFeatureDescent(name="clip2fl", version="1", kind="linear")

@@ -29,7 +29,7 @@ from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.cohorts import cohort_of, refuse_target
 from fedsecure.privacy.grid import distributed_segment, exact_segment
-from fedsecure.privacy.plan import Privacy, PrivacyPlan
+from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
 from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
 
 # Local changes are real numbers of order learning rate; 2^-24 keeps rounding far below the noise they carry.
@@ -176,7 +176,7 @@ class AdapterDescent:
                 expected='privacy.noise = "local", with method.local_steps',
                 cure='set noise = "local" under [privacy], or train the same adapter with a method of single steps',
             )
-        return _plan(settings.canonical(), cohort, self.spec(settings).parameters)
+        return plan_of(settings.canonical(), cohort, self.spec(settings).parameters)
 
     def rate(self, settings: RunSettings, cohort: Cohort) -> tuple[float, float]:
         """Learning rate and temperature, as set or by the predicted signal-to-noise."""
@@ -243,7 +243,8 @@ def _rotation_seed(settings: RunSettings, step: int) -> bytes:
 
 
 @lru_cache(maxsize=16)
-def _plan(canonical: str, cohort: Cohort, parameters: int) -> PrivacyPlan:
+def plan_of(canonical: str, cohort: Cohort, parameters: int, *, last: LastReleases | None = None) -> PrivacyPlan:
+    """The plan of ``rounds`` noisy rounds of a run's canonical settings, with further releases in the last ones."""
     # Calibration under Poisson sampling takes seconds, and every round asks.
     settings = RunSettings.parse(canonical)
     return Privacy(**settings.privacy.model_dump()).plan(
@@ -253,4 +254,5 @@ def _plan(canonical: str, cohort: Cohort, parameters: int) -> PrivacyPlan:
         local_steps=settings.method.local_steps,
         cohort=cohort,
         sampling_rates=settings.sampling_rates(),
+        last=last,
     )

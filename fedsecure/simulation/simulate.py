@@ -13,7 +13,6 @@ import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -121,13 +120,14 @@ def simulate(options: SimulationOptions, *, watch: Watch) -> dict[str, Any]:
     out = open_results(options.out)
     rows, reused = [], 0
     for done, cell in enumerate(cells):
+        what = str(cell.variant)
         row = read_row(out, cell.key)
         if row is None:
-            row = _run(out, source, cell, watch=partial(_at, watch, done, cells, cell))
+            row = _run(out, source, cell, watch=in_cell(watch, done, len(cells), what))
         else:
             reused += 1
         rows.append(row)
-        _at(watch, done + 1, cells, cell, 0, 0)
+        watch(Step(done + 1, len(cells), what))
     summary = summarise(rows)
     image = out / "accuracy.png"
     paths = {"csv": out / "results.csv", "markdown": out / "results.md", "plot": image}
@@ -210,8 +210,9 @@ def open_results(out: Path) -> Path:
     return out
 
 
-def _at(watch: Watch, done: int, cells: list[Cell], cell: Cell, round: int, rounds: int) -> None:
-    watch(Step(done=done, cells=len(cells), what=str(cell.variant), round=round, rounds=rounds))
+def in_cell(watch: Watch, done: int, cells: int, what: str) -> Callable[[int, int], None]:
+    """What a cell calls with (round, rounds): a :class:`Step` of it."""
+    return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
 
 
 def read_row(out: Path, key: str) -> dict[str, Any] | None:

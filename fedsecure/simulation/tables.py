@@ -88,6 +88,43 @@ def to_markdown(summary: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def to_columns(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """The table of means of further columns, shares of one, with what a site sends in a round."""
+    parts = [summarise([{**row, "accuracy": row.get(column)} for row in rows]) for column in columns]
+    lines = ["| method | noise | ε | KB up, a site and round | " + " | ".join(columns) + " |"]
+    lines.append("|" + "---|" * (4 + len(columns)))
+    sent = summarise([{**row, "bytes_up": row["bytes_up"] / max(row["rounds"], 1)} for row in rows])
+    for position, entry in enumerate(sent):
+        cells = [entry["method"], entry["noise"], epsilon_text(entry["epsilon"]), f"{entry['bytes_up'] / 1e3:.1f}"]
+        cells += [_percent(part[position], "accuracy") for part in parts]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_results(
+    folder: Path, rows: Sequence[Row], *, heading: str, columns: Sequence[str], extra: Sequence[str]
+) -> dict[str, Any]:
+    """``results.csv`` one line a run, ``results.md`` the means, and ``accuracy.png``.
+
+    Args:
+        folder: that they are written into, each whole or not at all.
+        rows: of the runs, with their further columns.
+        heading: what stands above the tables.
+        columns: further ones whose means are shown.
+        extra: further ones of the CSV file.
+
+    Returns:
+        the rows, their summary, the page, and the plot's path or ``None``.
+    """
+    summary = summarise(rows)
+    page = "\n".join((heading, to_markdown(summary), to_columns(rows, columns)))
+    write_whole(folder / "results.csv", to_csv(rows, extra=extra).encode(), mode=0o644)
+    write_whole(folder / "results.md", page.encode(), mode=0o644)
+    image = folder / "accuracy.png"
+    drawn = plot(summary, image)
+    return {"rows": list(rows), "summary": summary, "page": page, "plot": str(image) if drawn else None}
+
+
 def _percent(entry: Mapping[str, Any], name: str) -> str:
     if entry[name] is None:
         return "–"

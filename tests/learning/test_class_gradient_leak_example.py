@@ -2,27 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+from by_file import load
 
 from fedsecure.privacy import accounting
-
-FILE = Path(__file__).resolve().parents[2] / "examples" / "class_gradient_leak.py"
 
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("class_gradient_leak", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
+    module = load("examples/class_gradient_leak.py", monkeypatch)
     monkeypatch.setattr(module, "COUNTS", (1, 1000))
     return module
 

@@ -253,3 +253,14 @@ def test_default_rates_on_real_features(name: str, kind: Any, mu: float, least_g
     delta: Any = train_centrally(task, train, mu=mu, steps=20, rate=rate, seed=0)
     assert before == pytest.approx({"ucf101": 0.4956, "caltech": 0.9598}[name], abs=5e-4)
     assert scored(task, start, delta, test) - before >= least_gain
+
+
+@pytest.mark.parametrize("kind", ["facmic", "fedclip", "bottleneck"])
+def test_the_longest_steps_shrink_with_narrow_features(kind: str) -> None:
+    """Without noise a run goes its longest steps: at 64 features an eighth of those found at 512, and no more above."""
+    rates = {
+        d: suggest(kind, mu_total=1e9, units=1000, classes=4, dimension=d, steps=60, max_grad_norm=0.1)[0]
+        for d in (64, 512, 768)
+    }
+    assert rates[64] == pytest.approx(rates[512] / 8)
+    assert rates[768] == rates[512]

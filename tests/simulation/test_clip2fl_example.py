@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
-import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -12,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from by_file import load
 from PIL import Image
 
 from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError
@@ -20,7 +19,6 @@ from fedsecure.simulation.clip2fl import NAMES, TRUNK_OF, Settings, run_publishe
 from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
 from fedsecure.simulation.simulate import open_results
 
-FILE = Path(__file__).resolve().parents[2] / "examples" / "clip2fl.py"
 C, D = 3, 8
 QUICK = Settings(rounds=2, epochs=1, last=1, each=4, matching_steps=5, retraining_epochs=5, rate=0.05)
 SHORT = (
@@ -31,13 +29,7 @@ SHORT = (
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("clip2fl_example", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load("examples/clip2fl.py", monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -3,33 +3,25 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import shutil
-import sys
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+from by_file import load
 from federation_world import write_features
 
 from fedsecure.data.phantoms import CLASSES, write_federation
 from fedsecure.simulation import simulate as simulation
 
-FILE = Path(__file__).resolve().parents[2] / "examples" / "facmic.py"
 SHORT = ("--seeds", "1", "--rounds", "2", "--reference-rounds", "2", "--reference-steps", "2")
 
 
 @pytest.fixture
 def example(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("facmic_example", FILE)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    return module
+    return load("examples/facmic.py", monkeypatch)
 
 
 @pytest.fixture(scope="module")
