@@ -5,6 +5,7 @@ Only the transport is the in-memory twin. Features are generated: Gaussian class
 
 from __future__ import annotations
 
+import logging
 import os
 import threading
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch  # noqa: F401 -- here, since a first import in a site's thread fails by chance (simulation.memory)
 
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.client import Client
@@ -34,6 +36,7 @@ from fedsecure.identity.provision import load_identity, provision
 from fedsecure.transport.memory import MemoryTransport
 
 CLASSES = ("a", "b", "c")
+log = logging.getLogger("federation_world")
 
 
 def write_features(path: Path, *, count: int = 90, dimension: int = 16, seed: int = 0) -> None:
@@ -162,6 +165,8 @@ class World:
                 action()
             except BaseException as error:
                 self.errors[f"{index}"] = error
+                # Shown where the test fails: others hear only that a site left.
+                log.warning("site %d of the world ended", index + 1, exc_info=error)
 
         threads = [threading.Thread(target=guarded, args=(i, action), daemon=True) for i, action in enumerate(actions)]
         for thread in threads:

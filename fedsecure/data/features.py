@@ -6,6 +6,7 @@ Headers are read without the arrays; sizes are checked before anything is alloca
 from __future__ import annotations
 
 import hashlib
+import threading
 import zipfile
 import zlib
 from collections.abc import Mapping
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_ARRAY_BYTES = 8 * 1024**3
+# NumPy reads headers with `ast`, in which CPython 3.11 takes one thread's depth for another's (gh-106905) and fails by
+# chance; the sites of a simulation are threads.
+_PARSING = threading.Lock()
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +249,7 @@ def _shapes(file: Path) -> dict[str, _Shape]:
     try:
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
-                with archive.open(info) as stream:
+                with archive.open(info) as stream, _PARSING:
                     held = _header(stream)
                 size = held.dtype.itemsize
                 for extent in held.shape:
@@ -267,7 +271,7 @@ def _shapes(file: Path) -> dict[str, _Shape]:
 
 def _read(file: Path, key: str) -> npt.NDArray[Any]:
     try:
-        with np.load(file, allow_pickle=False) as archive:
+        with np.load(file, allow_pickle=False) as archive, _PARSING:
             return np.asarray(archive[key])
     except _FAULTS as error:
         raise _broken(file, error) from error

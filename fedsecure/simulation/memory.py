@@ -11,12 +11,14 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.client import Client, Moment
 from fedsecure.config import FederationConfig, SiteConfig
 from fedsecure.errors import RunError
+from fedsecure.extras import require
 from fedsecure.identity.provision import load_identity
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
@@ -98,6 +100,11 @@ def run_in_memory(
             errors.append(error)
             failed.set()
 
+    # They read signatures with `ast` while they are imported, which two threads cannot do at once (data.features).
+    modules = ("torch",) if config.encoder.model == "features" else ("torch", "open_clip", "opacus")
+    require(*modules)
+    for module in modules:
+        import_module(module)
     begun = time.monotonic()
     threads = [threading.Thread(target=take_part, args=(site,), name=site, daemon=True) for site in sorted(sites)]
     try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import os
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -349,6 +352,26 @@ class TestFeatureFile:
 
 
 class TestKinds:
+    def test_threads_parse_headers_one_at_a_time(self, tmp_path: Path, monkeypatch):
+        # CPython 3.11's ast fails by chance when two threads are in it (gh-106905).
+        file, original = write_npz(tmp_path), ast.literal_eval
+        inside, overlaps = set[int](), list[set[int]]()
+
+        def slow(text: Any) -> Any:
+            inside.add(threading.get_ident())
+            time.sleep(0.002)
+            overlaps.extend([set(inside)] if len(inside) > 1 else [])
+            inside.discard(threading.get_ident())
+            return original(text)
+
+        monkeypatch.setattr(ast, "literal_eval", slow)
+        threads = [threading.Thread(target=lambda: opened(file).features()) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not overlaps
+
     def test_features_are_no_images(self, tmp_path: Path, tree: Path) -> None:
         refused("FS-1123", lambda: opened(write_npz(tmp_path)).image(0))
         refused("FS-1123", opened(tree).features)
