@@ -3,7 +3,8 @@
 ``linear`` is the zero-initialised residual linear head of privacy.md §0.3; ``facmic`` is the feature attention
 module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3); ``fedclip`` is the
 Tanh gate of FedCLIP (Lu et al. 2023, arXiv 2302.13485); ``bottleneck`` is a residual two-layer perceptron as in
-CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544). ``FORMS`` is the one list of them; a kind's forward pass is in
+CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544); ``affine`` is a residual affine map under a classifier that starts at
+the texts, CLIP2FL's student (arXiv 2312.08648) on features. ``FORMS`` is the one list of them; a kind's forward pass is in
 ``modules``, its gradients in ``closed_form`` and its learning rates in ``training``, each in a table by kind.
 """
 
@@ -20,7 +21,7 @@ import numpy.typing as npt
 
 from fedsecure.errors import ModelError
 
-AdapterKind = Literal["linear", "facmic", "fedclip", "bottleneck"]
+AdapterKind = Literal["linear", "facmic", "fedclip", "bottleneck", "affine"]
 Float32 = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -57,6 +58,7 @@ FORMS: Mapping[AdapterKind, AdapterForm] = {
     ),
     "fedclip": AdapterForm(lambda d, k: _two_layers(d, d), uniform=("W1", "b1")),
     "bottleneck": AdapterForm(lambda d, k: _two_layers(min(BOTTLENECK, d), d), uniform=("W1", "b1")),
+    "affine": AdapterForm(lambda d, k: {"A": (d, d), "b": (d,), "D": (k, d)}),
 }
 
 
@@ -94,7 +96,7 @@ class AdapterSpec:
     @property
     def parameters(self) -> int:
         """Number of trainable values: K·d for ``linear``, 2d² + 4d for ``facmic`` (526,336 at d = 512), 2d² + 2d for
-        ``fedclip``, 2rd + r + d for ``bottleneck`` with r = 64."""
+        ``fedclip``, 2rd + r + d for ``bottleneck`` with r = 64, d² + d + K·d for ``affine``."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def initial(self, seed: bytes) -> dict[str, Float32]:

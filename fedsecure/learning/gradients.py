@@ -148,6 +148,14 @@ def _bottleneck(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Fa
     return _two_layers(to_hidden, scaled, to_output, active)
 
 
+def _affine_student(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    adapted = _affine(weights.tensors["A"], weights.tensors["b"])(scaled).add_(scaled).double()
+    classifier = weights.tensors["D"] + slopes.prior / math.sqrt(inputs.shape[-1])
+    error = slopes.in_logits(_narrow(adapted, classifier))
+    return [Outer(error @ classifier, scaled.double(), bias=True), Outer(error, adapted, bias=False)]
+
+
 def _two_layers(to_hidden: Tensor, scaled: Tensor, to_output: Tensor, active: Tensor) -> Sequence[Factor]:
     return [
         Outer(to_hidden.double(), scaled.double(), bias=True),
@@ -179,4 +187,5 @@ BACKWARD: dict[AdapterKind, Backward] = {
     "facmic": _attention,
     "fedclip": _tanh_gate,
     "bottleneck": _bottleneck,
+    "affine": _affine_student,
 }

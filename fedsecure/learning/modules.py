@@ -125,6 +125,23 @@ class FeatureAdapter(_Head):
         return logits
 
 
+class AffineStudent(_Head):
+    """z = x + A x + b with x = √d·a, and a classifier on z: logits = τ/√d·z·Pᵀ + z·Dᵀ."""
+
+    def __init__(self, task: HeadTask) -> None:
+        super().__init__(task)
+        d = task.spec.dimension
+        self.map = nn.Linear(d, d)
+        self.residual = nn.Linear(d, task.spec.classes, bias=False)
+
+    def forward(self, features: Tensor) -> Tensor:
+        width = math.sqrt(self.task.spec.dimension)
+        inputs = centred_inputs(self.task, features) * width
+        adapted = inputs + self.map(inputs)
+        logits: Tensor = self.residual(adapted) + adapted @ self.prior.T / width
+        return logits
+
+
 class AttentionModule(FeatureAdapter):
     """FACMIC's feature attention with LayerNorm: z = unit(softmax(W2 LeakyReLU(LayerNorm(h)) + b2) ⊙ a)."""
 
@@ -154,6 +171,7 @@ MODULES: Mapping[AdapterKind, type[_Head]] = {
     "facmic": AttentionModule,
     "fedclip": TanhGate,
     "bottleneck": Bottleneck,
+    "affine": AffineStudent,
 }
 
 

@@ -5,7 +5,8 @@ With a unit input a = unit(unit(x) − centre), prior rows P and τ = ``scale`` 
 * linear (accuracy.md, "The best configuration"): τ·a·Pᵀ + a·Dᵀ; D = 0 is zero-shot;
 * facmic (facmic.md §1.2): z0 = a·√d, h = W1 z0 + b1, r = LeakyReLU(LayerNorm(h)), s = softmax(W2 r + b2),
   z = unit(s ⊙ a), τ·z·Pᵀ (+ log prior); W2 = b2 = 0 makes s constant, so this too is zero-shot;
-* fedclip: the same with r = tanh(h); bottleneck: z = unit(a + W2 relu(h) + b2), with W1 of 64 rows.
+* fedclip: the same with r = tanh(h); bottleneck: z = unit(a + W2 relu(h) + b2), with W1 of 64 rows;
+* affine: x = a·√d, z = x + A x + b, τ/√d·z·Pᵀ + z·Dᵀ; with A, b and D at 0 zero-shot again. z is not normalised.
 
 ``centre`` is a public mean of image features. Where there is one, the text rows are centred by their own mean, since
 images and texts live in different cones, and scaled back to unit length; where there is none (zeros) nothing is centred

@@ -162,6 +162,8 @@ def suggest(
     * fedclip: as facmic with tanh(h) of norm about √d/2 and g = min(0.5, s/250), for there is no norm layer.
     * bottleneck: relu(h) with the bias has norm about 3.4, so the adapted feature gets noise of norm
       way·3.4·√d/(μ·units) in all directions; the way is min(3.4 s, 0.09 s²) with s = μ·units/(3.4·√d).
+    * affine: its classifier sees features √d long, so that a way √d times shorter makes the linear head's noise in the
+      logits, and its move of them; τ is the linear head's.
 
     The longest steps of the last three are those at 512 features, and shorter in proportion below.
 
@@ -221,10 +223,16 @@ def _bottleneck(signal: float, classes: int, dimension: int, steps: int) -> tupl
     return min(3.4 * signal, 0.09 * signal**2, 10.0 * _narrowness(dimension) * steps), 30.0
 
 
+def _affine(signal: float, classes: int, dimension: int, steps: int) -> tuple[float, float]:
+    way, temperature = _linear(signal, classes, dimension, steps)
+    return way / math.sqrt(dimension), temperature
+
+
 # Kind → (μ·units, K, d, T) → the whole way, and the temperature.
 RULES: Mapping[AdapterKind, Callable[[float, int, int, int], tuple[float, float]]] = {
     "linear": _linear,
     "facmic": _attention,
     "fedclip": _tanh_gate,
     "bottleneck": _bottleneck,
+    "affine": _affine,
 }

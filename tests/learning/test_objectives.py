@@ -20,7 +20,7 @@ from fedsecure.learning.units import UnitFeatures
 
 CPU = torch.device("cpu")
 D, K = 10, 4
-OF_FEATURES = tuple(kind for kind in FORMS if kind != "linear")
+OF_FEATURES = tuple(kind for kind in FORMS if kind not in ("linear", "affine"))
 
 
 def moved(spec: AdapterSpec, seed: int) -> dict[str, Any]:
