@@ -4,8 +4,8 @@
 module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3); ``fedclip`` is the
 Tanh gate of FedCLIP (Lu et al. 2023, arXiv 2302.13485); ``bottleneck`` is a residual two-layer perceptron as in
 CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544); ``affine`` is a residual affine map under a classifier that starts at
-the texts, CLIP2FL's student (arXiv 2312.08648) on features. ``FORMS`` is the one list of them; a kind's forward pass is in
-``modules``, its gradients in ``closed_form`` and its learning rates in ``training``, each in a table by kind.
+the texts, CLIP2FL's student (arXiv 2312.08648) on features. ``FORMS`` is the one list of them; a kind's forward pass is
+in ``modules``, its gradients in ``closed_form`` and its learning rates in ``training``, each in a table by kind.
 """
 
 from __future__ import annotations
