@@ -131,7 +131,7 @@ sys.meta_path.insert(0, Block())
 
 def run_blocked(blocked: set[str], body: str) -> subprocess.CompletedProcess[str]:
     code = BLOCKED.format(blocked=blocked, body=body)
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)
 
 
 def test_methods_import_without_torch() -> None:

@@ -204,7 +204,8 @@ def _sections(options: DemoOptions) -> tuple[MethodConfig, PrivacyConfig, Rounds
         min_survivors="auto" if options.min_survivors is None else options.min_survivors,
         phase_seconds=options.wait_seconds,
         training_seconds=600.0,
-        silence_seconds=15.0,
+        # A machine under load is not a dead site; a site whose process ends is missed at once.
+        silence_seconds=60.0,
         start_seconds=max(120.0, options.wait_seconds),
         max_attempts=3,
     )

@@ -97,7 +97,7 @@ print("OWN", *sorted(name for name in sys.modules if name.startswith("fedsecure.
 def loaded(*arguments: str) -> tuple[set[str], set[str]]:
     """Packages, and modules of this one, that a command has loaded when it ends."""
     done = subprocess.run(
-        [sys.executable, "-c", LOADED.format(arguments=arguments)], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", LOADED.format(arguments=arguments)], capture_output=True, text=True, timeout=240
     )
     packages, own = (line.split()[1:] for line in done.stdout.splitlines()[-2:])
     return set(packages), set(own)

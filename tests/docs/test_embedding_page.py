@@ -72,7 +72,7 @@ def aggregator(home: Path) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={**os.environ}) as child:
         try:
             address = home / "aggregator" / "state" / "address"
-            give_up = time.monotonic() + 60
+            give_up = time.monotonic() + 240
             while not address.exists() and time.monotonic() < give_up and child.poll() is None:
                 time.sleep(0.05)
             for toml in home.glob("sites/*/site.toml"):
@@ -103,8 +103,8 @@ def test_the_snippets_take_part_in_a_real_run(home: Path, aggregator: subprocess
     threads = [guarded("run", lambda: run_snippet("run")), guarded("third", third)]
     space, printed = run_snippet("loop")
     for thread in threads:
-        thread.join(60)
-    outcome = json.loads(aggregator.communicate(timeout=60)[0])
+        thread.join(240)
+    outcome = json.loads(aggregator.communicate(timeout=240)[0])
 
     assert done["third"] is None
     assert outcome["complete"]

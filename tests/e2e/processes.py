@@ -84,13 +84,13 @@ class Deployment:
         files = sorted(self.state.glob("runs/*/status.json"), key=lambda f: f.stat().st_mtime)
         return json.loads(files[-1].read_text()) if files else {"stage": "", "step": 0, "outcome": None}
 
-    def until(self, condition: Any, what: str, seconds: float = 120) -> None:
+    def until(self, condition: Any, what: str, seconds: float = 240) -> None:
         give_up = time.monotonic() + seconds
         while not condition():
             assert time.monotonic() < give_up, f"in vain: {what}\n{self.logs()}"
             time.sleep(0.02)
 
-    def wait(self, name: str, seconds: float = 120) -> int:
+    def wait(self, name: str, seconds: float = 240) -> int:
         try:
             return self.children[name].wait(seconds)
         except subprocess.TimeoutExpired:

@@ -188,7 +188,7 @@ def test_a_demo_told_to_stop_leaves_no_process_and_no_folder(tmp_path: Path, fea
     assert len(pids) == 4
     assert all(Path(f"/proc/{pid}").exists() for pid in pids)
     child.terminate()
-    child.communicate(timeout=60)
+    child.communicate(timeout=240)
     assert child.returncode == 143
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not out.exists()

@@ -140,7 +140,7 @@ def test_a_certificate_of_another_federation_is_refused(deploy: Any, tmp_path: P
     own = file.parent / "identity"
     own.rename(file.parent / "old-identity")
     (tmp_path / "foreign" / "sites" / "site-1" / "identity").rename(own)
-    done = fedsecure("join", "--config", file, timeout=120)
+    done = fedsecure("join", "--config", file, timeout=240)
     assert done.returncode == 1
     assert "FS-1453" in done.stderr or "FS-1501" in done.stderr
     assert "Traceback" not in done.stderr

@@ -196,7 +196,7 @@ print(made)
         subprocess.Popen([sys.executable, "-c", script, str(path), f"{k:032x}"], stdout=subprocess.PIPE, text=True)
         for k in range(4)
     ]
-    made = [int(child.communicate(timeout=120)[0]) for child in children]
+    made = [int(child.communicate(timeout=240)[0]) for child in children]
     alone = max(k for k in range(60) if accounting.epsilon([event(5.0)] * k, delta=DELTA) <= 4.0)
     assert sum(made) == alone
     with Ledger(path) as ledger:

@@ -238,7 +238,7 @@ print(parallel._crew._others[0]._process.pid, flush=True)
 def test_workers_end_with_their_parent(end: str) -> None:
     """The program has no main guard: workers are not started by running it again."""
     program = [sys.executable, "-W", "error", "-c", PROGRAM.format(end=end)]
-    run = subprocess.run(program, capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(program, capture_output=True, text=True, timeout=240, check=True)
     assert run.stderr == ""
     (pid,) = map(int, run.stdout.split())
     assert gone(pid)

@@ -87,5 +87,5 @@ try:
 except ProtocolError as error:
     print(error.code)
 """
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240, check=True)
     assert ended.stdout == "FS-1349\n"
