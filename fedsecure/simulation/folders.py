@@ -89,6 +89,58 @@ class Experiment:
         return sha.hexdigest()
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Division:
+    """Folders of images as the released program divides them; no image is encoded.
+
+    Attributes:
+        sites: every site's images, the test site's among them.
+        classes: in label order.
+        test_site: whose images are the common test.
+        train, own: training site → rows of its images to train on, and to test it on.
+        tests: name → rows of the test site's images, the first being all of them.
+        overlap: what was found at more than one place.
+    """
+
+    sites: Mapping[str, Dataset]
+    classes: tuple[str, ...]
+    test_site: str
+    train: Mapping[str, npt.NDArray[np.int64]]
+    own: Mapping[str, npt.NDArray[np.int64]]
+    tests: Mapping[str, Sequence[int]]
+    overlap: Overlap
+
+
+def divide_folders(data: Path, *, eval_site: str | None = None, origins: Path | None = None) -> Division:
+    """Which images of DIR/<site>/<class>/* train and test; arguments and errors as :func:`read_folders`."""
+    names, classes = site_folders(data, eval_site=eval_site)
+    test_site = eval_site or names[-1]
+    site_folders(data, eval_site=test_site, trainers=3)
+    trainers = [name for name in names if name != test_site]
+    sites: dict[str, Dataset] = {
+        name: open_dataset(DatasetConfig(name=name, path=data / name, format="folder"), classes=classes)
+        for name in names
+    }
+    overlap = find_duplicates(sites)
+    kept = {"raw": tuple(range(len(sites[test_site])))}
+    by_content = overlap.kept(test_site, against=trainers)
+    if origins is None:
+        kept["clean"] = by_content
+    else:
+        known = find_duplicates(_by_origin(sites, origins)).kept(test_site, against=trainers)
+        kept |= {"clean": known, "strict": tuple(sorted(set(known) & set(by_content)))}
+    parts = {name: released_split(len(sites[name])) for name in trainers}
+    return Division(
+        sites=sites,
+        classes=classes,
+        test_site=test_site,
+        train={name: rows for name, (rows, _, _) in parts.items()},
+        own={name: rows for name, (_, _, rows) in parts.items()},
+        tests={name: rows for name, rows in kept.items() if rows},
+        overlap=overlap,
+    )
+
+
 def read_folders(
     data: Path,
     *,
@@ -128,23 +180,9 @@ def read_folders(
     from fedsecure.vision.encoder import load_encoder
     from fedsecure.vision.prompts import class_prompts
 
-    names, classes = site_folders(data, eval_site=eval_site)
-    test_site = eval_site or names[-1]
-    site_folders(data, eval_site=test_site, trainers=3)
-    trainers = [name for name in names if name != test_site]
-    sites: dict[str, Dataset] = {
-        name: open_dataset(DatasetConfig(name=name, path=data / name, format="folder"), classes=classes)
-        for name in names
-    }
-    overlap = find_duplicates(sites)
-    kept = {"raw": tuple(range(len(sites[test_site])))}
-    by_content = overlap.kept(test_site, against=trainers)
-    if origins is None:
-        kept["clean"] = by_content
-    else:
-        known = find_duplicates(_by_origin(sites, origins)).kept(test_site, against=trainers)
-        kept |= {"clean": known, "strict": tuple(sorted(set(known) & set(by_content)))}
-    unlabelled = _target(target, sites[test_site], transductive=transductive)
+    division = divide_folders(data, eval_site=eval_site, origins=origins)
+    sites, classes = division.sites, division.classes
+    unlabelled = _target(target, sites[division.test_site], transductive=transductive)
 
     encoder = load_encoder(model, pretrained, device=device)
     store = FeatureCache(cache)
@@ -153,18 +191,17 @@ def read_folders(
         return encode_dataset(records, encoder, store, progress=lambda done, count: progress(name, done, count))
 
     whole = {name: Part(encode(name, records), records.labels) for name, records in sites.items()}
-    parts = {name: released_split(len(whole[name])) for name in trainers}
     aligned = None if unlabelled is None else encode("target", unlabelled)
     return Experiment(
         classes=classes,
         text=encoder.encode_text(class_prompts(classes)),
         mean=encoder.public_mean,
         scale=encoder.scale,
-        train={name: whole[name].rows(parts[name][0]) for name in trainers},
-        own={name: whole[name].rows(parts[name][2]) for name in trainers},
-        tests={name: whole[test_site].rows(rows) for name, rows in kept.items() if rows},
+        train={name: whole[name].rows(rows) for name, rows in division.train.items()},
+        own={name: whole[name].rows(rows) for name, rows in division.own.items()},
+        tests={name: whole[division.test_site].rows(rows) for name, rows in division.tests.items()},
         target=aligned,
-        overlap=overlap,
+        overlap=division.overlap,
     )
 
 
