@@ -72,6 +72,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--test", default="test", help="split of --features to test on")
     parser.add_argument("--public", default="val", help="split of --features with public records")
     parser.add_argument("--public-each", type=int, default=5, help="public records of each class")
+    parser.add_argument("--held-out", type=int, default=0, help="of DIR/public: so many of each class, 0 for all")
     parser.add_argument("--centre", default="none", help="public mean of --features; as fedsecure simulate")
     parser.add_argument("--method", help="default: all that are published (at ε = inf) and installed")
     parser.add_argument("--epsilon", default="1,3,8,inf")
@@ -150,6 +151,7 @@ def prepare(options: argparse.Namespace, watch: Watch) -> Callable[[int], LongTa
             pretrained="bundled" if tiny else options.pretrained,
             cache=options.out / "features",
             each=options.public_each,
+            held_out=options.held_out,
             progress=lambda done, count: watch(Step(0, 1, "encoding", round=done, rounds=count)),
         )
 

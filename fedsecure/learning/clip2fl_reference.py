@@ -62,6 +62,7 @@ class Schedule:
         rounds, online: rounds, and sites drawn in each; all of them where there are fewer.
         epochs, batch, rate: of a site's SGD without momentum in a round; the last partial batch counts.
         augment: random crop and flip of image batches, one draw a batch as released.
+        bfloat16: forward passes of training in that precision, which some processors do twice as fast.
 
     Raises:
         ModelError: FS-1694 a number out of range.
@@ -73,6 +74,7 @@ class Schedule:
     batch: int = 32
     rate: float = 0.1
     augment: bool = True
+    bfloat16: bool = False
 
     def __post_init__(self) -> None:
         if min(self.rounds, self.online, self.epochs, self.batch) < 1 or not self.rate > 0:
@@ -156,7 +158,7 @@ def train(
             expected="at least one site with records, and public records where the method uses some",
             cure="bring more records, or declare some public",
         )
-    student = build_student(spec, seed=seed)
+    student = _laid_out(build_student(spec, seed=seed))
     draw = np.random.default_rng(seed)
     generators = [torch.Generator().manual_seed(1000 * seed + index) for index in range(len(sites))]
     speed: State = {}
@@ -199,7 +201,7 @@ def _local(
     weights: Tensor | None,
 ) -> Student:
     """A site's model after its epochs."""
-    student = build_student(spec, seed=0)
+    student = _laid_out(build_student(spec, seed=0))
     student.load_state_dict(start.state_dict())
     student.train()
     anchor = [parameter.detach().clone() for parameter in student.parameters()]
@@ -212,9 +214,10 @@ def _local(
             inputs, labels = site.inputs[rows], site.labels[rows]
             if schedule.augment and inputs.ndim == 4:
                 inputs = augmented(inputs, generator)
-            _, logits = student(inputs)
+            with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
+                _, logits = student(inputs)
             losses = distillation_loss(
-                logits, site.teacher[rows], labels, how=trunk.distillation, objective=trunk.objective
+                logits.float(), site.teacher[rows], labels, how=trunk.distillation, objective=trunk.objective
             )
             loss = losses.mean() if weights is None else (losses * weights[labels]).sum() / weights[labels].sum()
             optimiser.zero_grad()
@@ -225,6 +228,11 @@ def _local(
                     parameter.grad.add_(parameter.detach() - first, alpha=trunk.proximal)
             optimiser.step()
     return student.eval()
+
+
+def _laid_out(student: Student) -> Student:
+    """Convolutions on a processor are half as fast again with the colour planes innermost; nothing else changes."""
+    return student.to(memory_format=torch.channels_last)
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:

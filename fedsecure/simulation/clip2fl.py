@@ -62,6 +62,7 @@ class Settings:
         students: ``resnet8`` or ``features``.
         width, norm: of ResNet-8.
         rounds, online, epochs, batch, rate: the schedule.
+        bfloat16: precision of training's forward passes; float32 otherwise.
         strength, temperature: of distillation, β and T.
         last, each: rounds in which the side branch runs, and federated features a class.
         matching_steps, matching_rate, retraining_epochs, retraining_rate: of the branch.
@@ -79,6 +80,7 @@ class Settings:
     epochs: int = 10
     batch: int = 32
     rate: float = 0.1
+    bfloat16: bool = False
     strength: float = 1.0
     temperature: float = 3.0
     last: int = 200
@@ -136,7 +138,7 @@ def run_published(
     kept = [read_row(out, key) for key in keys.values()]
     if all(row is not None for row in kept):
         return [row for row in kept if row is not None]
-    from fedsecure.learning.clip2fl_reference import predict, train
+    from fedsecure.learning.clip2fl_reference import features_of, head_of, train
 
     begun = time.monotonic()
     spec, records = _records(tail, settings)
@@ -154,10 +156,11 @@ def run_published(
         watch=watch,
     )
     sent = 4 * sum(value.numel() for value in student.state_dict().values() if value.is_floating_point())
+    seen = {on: features_of(student, records[on].inputs) for on in ("test", "public")}
     rows = []
     for name, key in keys.items():
-        head = branches[name].classifier(student, sites) if name in branches else None
-        found = {on: predict(student, records[on].inputs, classifier=head) for on in ("test", "public")}
+        head = branches[name].classifier(student, sites) if name in branches else head_of(student)
+        found = {on: head.probabilities(values).argmax(axis=1) for on, values in seen.items()}
         row = _row(tail, name, found, seed=seed, partition=partition, reason=reason)
         classes, width = student.head.weight.shape
         beside = 0
@@ -273,6 +276,7 @@ def _schedule(settings: Settings) -> Schedule:
         epochs=settings.epochs,
         batch=settings.batch,
         rate=settings.rate,
+        bfloat16=settings.bfloat16,
     )
 
 

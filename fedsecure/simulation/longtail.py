@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 # ImageNet-LT's lists are called ImageNet_LT_train.txt and so on.
 _LISTS = "ImageNet_LT_"
+#: The prompt of the papers' teacher.
+PROMPT = "a photo of a {}"
 Watch = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
 
@@ -96,7 +98,7 @@ def from_features(
     """
     pools = {split: read_pool(file, train=(split,), test=test, centre=centre) for split in {*train, public}}
     held = pools[public]
-    rows = _first_of_each(held.labels, classes=len(held.classes), each=each)
+    rows = rows_of_each(held.labels, classes=len(held.classes), each=each)
     parts = []
     for split in train:
         part = Part(np.asarray(pools[split].features, np.float32), pools[split].labels)
@@ -113,7 +115,14 @@ def from_features(
 
 
 def from_images(
-    data: Path, *, model: str, pretrained: str, cache: Path, each: int = 20, progress: Watch = lambda *_: None
+    data: Path,
+    *,
+    model: str,
+    pretrained: str,
+    cache: Path,
+    each: int = 20,
+    held_out: int = 0,
+    progress: Watch = lambda *_: None,
 ) -> Source:
     """CIFAR's binary archive, ``DIR/{train,test}/<class>/*`` with ``public/`` beside them or cut from training, or
     ImageNet-LT's lists, whose validation list is then public.
@@ -123,11 +132,13 @@ def from_images(
         model, pretrained: the teacher, an open_clip model.
         cache: folder of the feature cache: an image is encoded once.
         each: records of each class declared public where there is no ``public`` folder.
+        held_out: take so many records of each class of ``public`` and leave the others, which a teacher was trained on
+            (:func:`fedsecure.simulation.teacher.public_images`); all of them where 0.
         progress: called with (done, all) while images are encoded.
 
     Raises:
         DataError: FS-1164, FS-1165 the archive, FS-1100 to FS-1105, FS-1167 the folders, FS-1168 too few records for
-            ``each``.
+            ``each`` or ``held_out``.
         ModelError: the teacher cannot be loaded.
     """
     from fedsecure.learning.encoding import encode_dataset
@@ -150,16 +161,20 @@ def from_images(
                 expected="DIR/train/<class>/* and DIR/test/<class>/*, or a binary archive of CIFAR",
                 cure="see docs/datasets.md, long-tailed sets",
             )
-        classes = tuple(sorted(p.name for p in (data / "train").iterdir() if p.is_dir() and p.name[0] not in "._"))
+        classes = class_names(data / "train")
         for split in ("train", "test", "public"):
             if (data / split).is_dir():
                 entries = list_class_tree(data / split, classes)
                 splits[split] = ImageFiles(entries, name=f"{data.name}/{split}", classes=classes, public=True)
     if "public" not in splits:
         whole = splits["train"]
-        rows = _first_of_each(whole.labels, classes=len(classes), each=each)
+        rows = rows_of_each(whole.labels, classes=len(classes), each=each)
         splits["public"] = Subset(whole, rows.tolist())
         splits["train"] = Subset(whole, np.setdiff1d(np.arange(len(whole)), rows).tolist())
+    elif held_out:
+        shown = splits["public"]
+        rows = rows_of_each(shown.labels, classes=len(classes), each=held_out)
+        splits["public"] = Subset(shown, rows.tolist())
     encoder, store = load_encoder(model, pretrained), FeatureCache(cache)
     parts = {
         split: Part(encode_dataset(records, encoder, store, progress=progress), records.labels)
@@ -167,7 +182,7 @@ def from_images(
     }
     return Source(
         classes=classes,
-        text=encoder.encode_text(class_prompts(classes)),
+        text=encoder.encode_text(class_prompts(classes, template=PROMPT)),
         mean=encoder.public_mean,
         scale=encoder.scale,
         train=parts["train"],
@@ -175,6 +190,11 @@ def from_images(
         public=parts["public"],
         pixels={split: read_pixels(records) for split, records in splits.items()},
     )
+
+
+def class_names(folder: Path) -> tuple[str, ...]:
+    """The names of a folder's class folders, sorted."""
+    return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._"))
 
 
 def _listed(data: Path) -> tuple[tuple[str, ...], dict[str, Dataset]]:
@@ -195,8 +215,8 @@ def _listed(data: Path) -> tuple[tuple[str, ...], dict[str, Dataset]]:
     return classes, splits
 
 
-def _first_of_each(labels: npt.NDArray[np.int64], *, classes: int, each: int) -> Indices:
-    """``each`` rows of every class, chosen by a fixed seed."""
+def rows_of_each(labels: npt.NDArray[np.int64], *, classes: int, each: int) -> Indices:
+    """``each`` rows of every class, chosen by a fixed seed; DataError FS-1168 where a class has fewer."""
     generator = np.random.default_rng(0)
     chosen = [generator.permutation(np.flatnonzero(labels == c))[:each] for c in range(classes)]
     short = next((c for c, rows in enumerate(chosen) if len(rows) < each), None)

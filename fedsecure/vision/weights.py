@@ -65,8 +65,8 @@ def import_open_clip() -> Any:
             expected="the packages of a site: torch and open_clip_torch",
             cure="pip install 'fedsecure[site]'",
         ) from error
-    if tiny_clip.MODEL_NAME not in open_clip.list_models():
-        open_clip.add_model_config(tiny_clip.FOLDER / tiny_clip.CONFIG_FILE)
+    if not set(tiny_clip.NAMES) <= set(open_clip.list_models()):
+        open_clip.add_model_config(tiny_clip.FOLDER)
     return open_clip
 
 
@@ -224,7 +224,7 @@ def build(source: Source) -> tuple[torch.nn.Module, Preprocess, Tokenizer]:
     with _offline():
         try:
             extra = {"bpe_path": str(tiny_clip.FOLDER / tiny_clip.MERGES_FILE)}
-            tokenizer = open_clip.get_tokenizer(source.model, **(extra if source.model == tiny_clip.MODEL_NAME else {}))
+            tokenizer = open_clip.get_tokenizer(source.model, **(extra if source.model in tiny_clip.NAMES else {}))
         except Exception as error:  # transformers, the hub and missing packages each raise their own
             raise ModelError(
                 "FS-1605",
