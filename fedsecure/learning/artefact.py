@@ -1,8 +1,8 @@
 """The trained adapter as one ``safetensors`` file that says what it is, what it was trained on and at what price.
 
 It holds the text embeddings and the public mean beside the adapter's tensors, so it works on feature files without any
-encoder, and it refuses features of another encoder. Learned prompts stand in it as the texts they amount to; branches
-of the visual tower need the tower, and so images. No pickle, no torch.
+encoder, and it refuses features of another encoder. Learned prompts stand in it as the texts they amount to; changes
+inside the visual tower need the tower, and so images. No pickle, no torch.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ from fedsecure.errors import ModelError
 from fedsecure.files import write_whole
 from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
 from fedsecure.learning.evaluation import predict
+from fedsecure.learning.features import Inputs
 from fedsecure.learning.task import HeadTask
-from fedsecure.learning.towers import TowerSpec, lora_spec, prompt_spec
+from fedsecure.learning.towers import TowerSpec, last_block_spec, lora_spec, prompt_spec
 
 if TYPE_CHECKING:
     from fedsecure.learning.tower_task import TowerTask
@@ -83,9 +84,10 @@ class Adapter:
     zero_shot: HeadTask
 
     @property
-    def of_pixels(self) -> bool:
-        """Whether it lies inside the visual tower, so that it needs images and not features."""
-        return isinstance(self.spec, TowerSpec) and self.spec.kind == "lora"
+    def inputs(self) -> Inputs:
+        """What it predicts from: features, or rows of images where it lies inside the visual tower."""
+        kinds: Mapping[str, Inputs] = {"lora": "pixels", "last_block": "tokens"}
+        return kinds.get(self.spec.kind, "features")
 
     def check_encoder(self, fingerprint: str) -> None:
         """Refuse another encoder: ModelError FS-1636."""
@@ -107,7 +109,7 @@ class Adapter:
                 :func:`fedsecure.learning.evaluation.predict`.
         """
         self.check_encoder(fingerprint)
-        if self.of_pixels:
+        if self.inputs != "features":
             raise ModelError(
                 "FS-1675",
                 "features, and an adapter inside the visual tower that makes them",
@@ -210,6 +212,8 @@ def _spec(kind: str, metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, 
         return prompt_spec(metadata.model, classes=classes, contexts="shared", length=length, at_template=True)
     if kind == "lora":
         return lora_spec(metadata.model, classes=classes, rank=shapes["0.c_fc.A"][0])
+    if kind == "last_block":
+        return last_block_spec(metadata.model, classes=classes)
     return AdapterSpec(kind, int(shapes["text"][1]), classes)  # type: ignore[arg-type]
 
 

@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 
     from fedsecure.vision.encoder import Encoder, Progress
     from fedsecure.vision.pixels import PixelRows
+    from fedsecure.vision.tokens import TokenRows
 
 _CHUNK = 256
 
 
 def encode_dataset(
     dataset: Dataset,
-    encoder: Encoder | PixelRows,
+    encoder: Encoder | PixelRows | TokenRows,
     cache: FeatureCache | None,
     *,
     batch_size: int = 64,
@@ -105,7 +106,7 @@ def pace(say: Callable[[str], None], name: str, *, every: float = 2.0) -> Progre
     return watch
 
 
-def _check_frozen(encoder: Encoder | PixelRows) -> None:
+def _check_frozen(encoder: Encoder | PixelRows | TokenRows) -> None:
     """Batch normalisation in training mode would mix the images of a batch, and remember them (privacy.md P9)."""
     module = getattr(encoder, "_model", None)
     training = [name or "the model" for name, part in module.named_modules() if part.training] if module else []

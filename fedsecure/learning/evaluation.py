@@ -58,13 +58,14 @@ def predict(
         module = build_module(task, parameters, device=where, dtype=torch.float64).eval()
     else:
         module = task.build(parameters).to(where, torch.float64).eval()
+    held = _ROWS if isinstance(task, HeadTask) or task.chunk is None else task.chunk
     probabilities = np.full((len(features), task.spec.classes), 1 / task.spec.classes)
     with torch.no_grad():
-        for start in range(0, len(features), _ROWS):
-            rows = torch.from_numpy(np.asarray(features[start : start + _ROWS], np.float64)).to(where)
+        for start in range(0, len(features), held):
+            rows = torch.from_numpy(np.asarray(features[start : start + held], np.float64)).to(where)
             values = torch.softmax(module(rows), dim=-1).cpu().numpy()
             good = np.isfinite(values).all(axis=1)
-            probabilities[start : start + _ROWS][good] = values[good]
+            probabilities[start : start + held][good] = values[good]
     return probabilities.argmax(axis=1).astype(np.int64), probabilities
 
 

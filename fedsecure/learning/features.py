@@ -22,10 +22,12 @@ if TYPE_CHECKING:
     from fedsecure.data.dataset import Dataset
     from fedsecure.vision.encoder import Encoder
     from fedsecure.vision.pixels import PixelRows
+    from fedsecure.vision.tokens import TokenRows
 
 Progress = Callable[[int, int], None]
-# What a method's records are: frozen features, or preprocessed images where the tower itself is trained.
-Inputs = Literal["features", "pixels"]
+# What a method's records are: frozen features, or preprocessed images where the tower itself is trained, or what the
+# tower's last block sees of them where only that is.
+Inputs = Literal["features", "pixels", "tokens"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -39,7 +41,7 @@ class SiteFeatures:
         fingerprint: of the encoder, or of a feature file's classes, text and mean.
         preprocessing: facts for the adapter's metadata.
         encoder: None for precomputed features.
-        pixels: what makes a record's row in place of the encoder, for methods that train inside the visual tower.
+        rows: what makes a record's row in place of the encoder, for methods that train inside the visual tower.
         target: (m, d) public, unlabelled features to align with, where the run has any.
     """
 
@@ -49,13 +51,23 @@ class SiteFeatures:
     fingerprint: str
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     encoder: Encoder | None = None
-    pixels: PixelRows | None = None
+    rows: PixelRows | TokenRows | None = None
     target: Float32 | None = None
 
     @property
     def width(self) -> int:
-        """Numbers in a record's row: d, or those of a preprocessed image."""
-        return self.dimension if self.pixels is None else self.pixels.dimension
+        """Numbers in a record's row: d, or those of a preprocessed image or of its tokens."""
+        return self.dimension if self.rows is None else self.rows.dimension
+
+
+def rows_for(inputs: Inputs, encoder: Encoder) -> PixelRows | TokenRows | None:
+    """What makes rows of that kind; None for features, which the encoder itself makes."""
+    from fedsecure.vision.pixels import PixelRows
+    from fedsecure.vision.tokens import TokenRows
+
+    if inputs == "features":
+        return None
+    return PixelRows(encoder) if inputs == "pixels" else TokenRows(encoder)
 
 
 def load_site_features(
@@ -210,8 +222,8 @@ def load_units(
         from fedsecure.learning.views import Viewed
         from fedsecure.vision.cache import FeatureCache
 
-        kept = FeatureCache(cache) if cache is not None and features.pixels is None else None
-        eye = features.pixels or features.encoder
+        kept = FeatureCache(cache) if cache is not None and features.rows is None else None
+        eye = features.rows or features.encoder
         seen = [encode_dataset(Viewed(dataset, number), eye, kept, progress=progress) for number in range(1, views)]
         values = encode_dataset(dataset, eye, kept, progress=progress)
         # End to end, so that a record's views stay together while its unit chooses records.

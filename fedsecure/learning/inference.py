@@ -18,9 +18,9 @@ from fedsecure.learning.adapters import Vector
 from fedsecure.learning.artefact import Adapter, load_adapter
 from fedsecure.learning.encoding import encode_dataset
 from fedsecure.learning.evaluation import accuracy, balanced_accuracy, predict
+from fedsecure.learning.features import rows_for
 from fedsecure.learning.towers import TowerSpec
 from fedsecure.vision.encoder import Encoder, load_encoder
-from fedsecure.vision.pixels import PixelRows
 
 _BATCH = 64
 
@@ -46,7 +46,7 @@ def predict_images(
     """
     loaded = load_adapter(adapter)
     encoder = encoder_of(loaded, weights=weights, device=device)
-    eye = PixelRows(encoder) if loaded.of_pixels else encoder
+    eye = rows_for(loaded.inputs, encoder) or encoder
     parts = [
         eye.encode_images([read_image(path) for path in images[start : start + _BATCH]])
         for start in range(0, len(images), _BATCH)
@@ -89,8 +89,9 @@ def evaluate_dataset(
     else:
         encoder = encoder_of(loaded, weights=weights, device=device)
         rows = features = encode_dataset(records, encoder, None)
-        if loaded.of_pixels:
-            rows = encode_dataset(records, PixelRows(encoder), None)
+        eye = rows_for(loaded.inputs, encoder)
+        if eye is not None:
+            rows = encode_dataset(records, eye, None)
     bare = loaded.zero_shot
     answers = {
         "zero_shot": predict(bare, bare.spec.initial(seed=b"zero-shot"), features, device=device)[0],
@@ -114,13 +115,15 @@ def evaluate_dataset(
 def _classify(
     adapter: Adapter, rows: FloatFeatures, encoder: Encoder | None, *, device: str
 ) -> tuple[npt.NDArray[np.int64], Vector]:
-    """Labels (n,) and probabilities (n, K) of features, or of pixels where the adapter is inside the visual tower."""
-    if encoder is None or not adapter.of_pixels:
+    """Labels (n,) and probabilities (n, K) of features, or of rows of images for an adapter inside the visual tower."""
+    if encoder is None or adapter.inputs == "features":
         return adapter.predict(rows, fingerprint=adapter.metadata.fingerprint, device=device)
+    from fedsecure.learning.last_block import last_block_task
     from fedsecure.learning.lora_module import lora_task
 
     assert isinstance(adapter.spec, TowerSpec)
-    task = lora_task(encoder.network, spec=adapter.spec, head=adapter.zero_shot)
+    make = lora_task if adapter.inputs == "pixels" else last_block_task
+    task = make(encoder.network, spec=adapter.spec, head=adapter.zero_shot)
     return predict(task, adapter.tensors, rows, device=device)
 
 

@@ -1,9 +1,10 @@
-"""Methods that train inside CLIP's towers, as shapes and numbers without torch: learned prompts and low-rank branches.
+"""Methods that train inside CLIP's towers, as shapes and numbers without torch: prompts, branches, the last block.
 
 ``promptfl`` learns the context words in front of the class names (CoOp, Zhou et al. 2022, arXiv 2109.01134; federated
 as PromptFL, Guo et al. 2023, arXiv 2208.11625); ``lora`` adds low-rank branches to the visual tower's MLP projections
-(LoRA, Hu et al. 2021, arXiv 2106.09685). An aggregator, which holds no weights, sizes and starts both from the tower
-named in the settings; their forward passes are in ``prompt_module`` and ``lora_module``.
+(LoRA, Hu et al. 2021, arXiv 2106.09685); the averaging methods' block variants train the visual tower's last block.
+An aggregator, which holds no weights, sizes and starts all of them from the tower named in the settings; their forward
+passes are in ``prompt_module``, ``lora_module`` and ``last_block``.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ Contexts = Literal["shared", "class"]
 MLP_RATIO = 4
 # CoOp's initialisation.
 CONTEXT_STD = 0.02
+# What a site may hold of tokens: 27,000 images of ViT-B/32, 7,000 of ViT-B/16, 4,000 of ViT-L/14.
+MAX_TOKEN_BYTES = 4 * 1024**3
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,7 @@ class Towers:
         layers, width: of the visual tower.
         text_width: of the text tower.
         dimension: d, width of the features both project to.
+        patch_size: side of a patch, in pixels.
     """
 
     image_size: int
@@ -45,18 +49,24 @@ class Towers:
     width: int
     text_width: int
     dimension: int
+    patch_size: int
 
     @property
     def pixels(self) -> int:
         """Numbers in one preprocessed image: three colour planes."""
         return 3 * self.image_size**2
 
+    @property
+    def tokens(self) -> int:
+        """Patches of an image, and the class token."""
+        return (self.image_size // self.patch_size) ** 2 + 1
+
 
 _PUBLISHED: Mapping[str, Towers] = {
-    "ViT-B-32": Towers(224, 12, 768, 512, 512),
-    "ViT-B-16": Towers(224, 12, 768, 512, 512),
-    "ViT-L-14": Towers(224, 24, 1024, 768, 768),
-    "ViT-L-14-336": Towers(336, 24, 1024, 768, 768),
+    "ViT-B-32": Towers(224, 12, 768, 512, 512, 32),
+    "ViT-B-16": Towers(224, 12, 768, 512, 512, 16),
+    "ViT-L-14": Towers(224, 24, 1024, 768, 768, 14),
+    "ViT-L-14-336": Towers(336, 24, 1024, 768, 768, 14),
 }
 
 
@@ -65,7 +75,12 @@ def _tiny() -> Towers:
     config = json.loads((tiny_clip.FOLDER / tiny_clip.CONFIG_FILE).read_text(encoding="utf-8"))
     vision = config["vision_cfg"]
     return Towers(
-        vision["image_size"], vision["layers"], vision["width"], config["text_cfg"]["width"], config["embed_dim"]
+        vision["image_size"],
+        vision["layers"],
+        vision["width"],
+        config["text_cfg"]["width"],
+        config["embed_dim"],
+        vision["patch_size"],
     )
 
 
@@ -96,8 +111,9 @@ class TowerSpec(AdapterSpec):
     """Tensors trained inside a tower; flattened and started as an adapter's are.
 
     Attributes:
-        kind: ``"promptfl"`` or ``"lora"``.
-        dimension: numbers in a record: the feature width for prompts, the pixels for low-rank branches.
+        kind: ``"promptfl"``, ``"lora"`` or ``"last_block"``.
+        dimension: numbers in a record: the feature width for prompts, the pixels for low-rank branches, all tokens for
+            the last block.
         classes: K.
         layout: names and shapes, in the order of the module's trainable parameters.
         spread: standard deviation of the tensors that start at random; all others start at zero.
@@ -169,6 +185,44 @@ def lora_spec(model: str, *, classes: int, rank: int) -> TowerSpec:
             layout += [(f"{block}.{name}.A", (rank, into)), (f"{block}.{name}.B", (out, rank))]
     spread = {name: shape[1] ** -0.5 for name, shape in layout if name.endswith(".A")}
     return TowerSpec(kind="lora", dimension=towers.pixels, classes=classes, layout=tuple(layout), spread=spread)
+
+
+def last_block_spec(model: str, *, classes: int) -> TowerSpec:
+    """Changes of the visual tower's last block, w wide: both layer norms, attention without the bias of its keys, and
+    the MLP; 12w² + 12w numbers, 7,087,104 for ViT-B/32.
+
+    Raises:
+        ModelError: FS-1671 as :func:`towers_of`.
+    """
+    towers = towers_of(model)
+    w, inner = towers.width, towers.width * MLP_RATIO
+    layers = {
+        "ln_1": (w,), "query": (w, w), "key": (w, w), "value": (w, w), "out": (w, w), "ln_2": (w,),
+        "c_fc": (inner, w), "c_proj": (w, inner),
+    }  # fmt: skip
+    layout: list[tuple[str, tuple[int, ...]]] = []
+    for name, shape in layers.items():
+        layout.append((f"{name}.weight", shape))
+        if name != "key":
+            layout.append((f"{name}.bias", shape[:1]))
+    return TowerSpec(kind="last_block", dimension=towers.tokens * w, classes=classes, layout=tuple(layout))
+
+
+def check_held(spec: TowerSpec, records: int) -> None:
+    """Refuse more tokens than may be held in memory: ModelError FS-1678.
+
+    Args:
+        spec: from :func:`last_block_spec`.
+        records: the most that a site may have, by the run's public settings.
+    """
+    size = 4 * spec.dimension * records
+    if size > MAX_TOKEN_BYTES:
+        raise ModelError(
+            "FS-1678",
+            f"{records:,} records of {spec.dimension:,} numbers, {size / 2**30:.1f} GiB in a site's memory",
+            expected=f"at most {MAX_TOKEN_BYTES / 2**30:g} GiB of tokens at a site",
+            cure="declare fewer max_units, records a unit or views, take an encoder of larger patches, or an adapter",
+        )
 
 
 def prompt_misfit(found: str, expected: str) -> ModelError:

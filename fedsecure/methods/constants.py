@@ -7,7 +7,7 @@ from pathlib import Path
 
 from fedsecure.config import RunSettings
 from fedsecure.learning.engines import EngineName, choose_engine
-from fedsecure.learning.features import Inputs, SiteFeatures, load_site_features
+from fedsecure.learning.features import Inputs, SiteFeatures, load_site_features, rows_for
 from fedsecure.learning.targets import read_target
 from fedsecure.methods.registry import load_training_method
 
@@ -35,17 +35,13 @@ def run_constants(
     """
     method = load_training_method(settings.method.name)
     features = load_site_features(settings.encoder, settings.classes, file=file, device=device)
-    inputs: Inputs = getattr(method, "inputs", "features")
-    if inputs == "pixels" and features.encoder is not None:
-        from fedsecure.vision.pixels import PixelRows
-
-        features = replace(features, pixels=PixelRows(features.encoder))
     alignment = settings.method.alignment
     # A site that neither aligns nor has a copy does without: then only the aggregator looks at it.
     if target is not None or alignment.at == "sites" or alignment.negatives > 0:
         features = with_target(settings, features, target)
     choose_engine(engine, method.task(settings, features))
-    return features
+    inputs: Inputs = getattr(method, "inputs", "features")
+    return features if features.encoder is None else replace(features, rows=rows_for(inputs, features.encoder))
 
 
 def with_target(settings: RunSettings, features: SiteFeatures, target: Path | None) -> SiteFeatures:

@@ -24,7 +24,8 @@ from fedsecure.wire import federation_pb2 as pb
 
 ONE_RELEASE = ("prototypes", "ridge")
 # Made of local steps, and refuse distributed noise; made for images, and refuse this world's features.
-LOCAL_STEPS, IN_TOWERS = ("fedavg", "fedprox", "moon"), ("promptfl", "lora")
+LOCAL_STEPS = ("fedavg", "fedprox", "moon")
+IN_TOWERS = ("promptfl", "lora", *(f"{name}_block" for name in LOCAL_STEPS))
 INSTALLED = sorted({point.name for point in entry_points(group="fedsecure.methods")} - {"evaluate", *IN_TOWERS})
 RUNS = [(m, n) for m in INSTALLED for n in ("distributed", "local") if n == "local" or m not in LOCAL_STEPS]
 FEW, MANY = 4, 30
