@@ -23,7 +23,7 @@ from typing import Any
 
 from fedsecure.config import SiteConfig, load
 from fedsecure.data.dataset import Dataset
-from fedsecure.errors import ConfigError, FedsecureError, RoundAborted, RunError
+from fedsecure.errors import FedsecureError, RoundAborted, RunError
 from fedsecure.extras import require
 from fedsecure.files import make_folder
 from fedsecure.identity.provision import Identity, load_identity
@@ -35,7 +35,7 @@ from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.secagg.client import SecAggClient
 from fedsecure.secagg.latch import FileLatch
 from fedsecure.site.line import Line, Moment, Progress
-from fedsecure.site.membership import Membership, accept_welcome
+from fedsecure.site.membership import Membership, accept_welcome, check_identity
 from fedsecure.site.questions import Question, accept, accept_set_up
 from fedsecure.site.results import RunFolder, final_hashes, signed_report
 from fedsecure.site.rounds import Rounds
@@ -95,13 +95,7 @@ class Client:
     ) -> None:
         self.config = config
         self._identity = identity or load_identity(config.identity)
-        if self._identity.site != config.site:
-            raise ConfigError(
-                "FS-1005",
-                f"site = {config.site!r} with the identity of {self._identity.site!r}",
-                expected="the site's own identity folder",
-                cure="correct `site` or `identity` in the site's file",
-            )
+        check_identity(self._identity, config)
         make_folder(config.state)
         self._transport = transport
         self._progress = progress or (lambda moment: None)

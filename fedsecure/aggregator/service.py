@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.aggregator.coordinator import PROTOCOL, Coordinator
 from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError, RunError, TransportError
 from fedsecure.identity.provision import Identity
 from fedsecure.transport.base import CHUNK_BYTES
@@ -44,6 +44,20 @@ class Service(rpc.FederationServicer):
         self._changed = asyncio.Event()
         self._calls: Counter[str] = Counter()
         self._uploading: set[str] = set()
+
+    async def Greet(self, request: pb.GreetRequest, context: _Context) -> pb.GreetReply:
+        try:
+            with self._call(context):
+                return pb.GreetReply(
+                    protocol=PROTOCOL,
+                    run=self._core.run,
+                    settings_json=self._core.settings.canonical(),
+                    unix_ms=time.time_ns() // 1_000_000,
+                    waiting=self._core.reason(time.monotonic()),
+                    roster_hash=self._identity.roster.hash,
+                )
+        except Exception as error:
+            await _refuse(context, error)
 
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinReply:
         try:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedsecure.cli.doctor import doctor
 from fedsecure.cli.duplicates import duplicates
 from fedsecure.cli.records import audit, budget, report, transcript
 from fedsecure.cli.running import demo, init, join, plan, serve, simulate
@@ -21,7 +22,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, simulate, duplicates, plan, serve, join, init, predict, evaluate, audit):
+for command in (demo, simulate, duplicates, plan, serve, join, doctor, init, predict, evaluate, audit):
     app.command()(command)
 for name, group in (("budget", budget), ("transcript", transcript), ("report", report)):
     app.add_typer(group, name=name)

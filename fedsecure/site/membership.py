@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
-from fedsecure.config import RunSettings, SiteConfig, SiteEntry
+from fedsecure.config import DatasetConfig, RunSettings, SiteConfig, SiteEntry
 from fedsecure.errors import ConfigError, ProtocolError
 from fedsecure.identity.provision import Identity
 from fedsecure.learning.features import SiteFeatures
@@ -80,20 +80,13 @@ def accept_welcome(
             expected=f"{RUN_BYTES} random bytes",
             cure="install the same fedsecure release on both sides",
         )
-    entry = settings.sites.get(config.site)
-    if entry is None:
-        raise ConfigError(
-            "FS-1006",
-            f"the run's settings do not name {config.site!r}",
-            expected="an entry under [sites]",
-            cure="ask the coordinator to add this site",
-        )
+    entry = entry_of(settings, config.site)
     check_roles(settings, identity.roster)
-    _check_settings(settings, entry, config)
+    check_settings(settings, entry, config)
     method = load_training_method(settings.method.name)
-    plan = _checked_plan(settings, method)
+    plan = checked_plan(settings, method)
     if entry.role == "train":
-        _check_budget(settings, plan, config=config, ledger=ledger, run=run)
+        check_budget(settings, plan, config=config, ledger=ledger, run=run)
     start = starting_state(settings)
     progress(Moment(f"joined {settings.name}"))
     features = run_constants(
@@ -106,7 +99,43 @@ def accept_welcome(
     return Membership(config, identity, run, settings, entry, method, plan, start, features)
 
 
-def _check_settings(settings: RunSettings, entry: SiteEntry, config: SiteConfig) -> None:
+def check_identity(identity: Identity, config: SiteConfig) -> None:
+    """The keys are those of the site that the file names; ConfigError FS-1005."""
+    if identity.site != config.site:
+        raise ConfigError(
+            "FS-1005",
+            f"site = {config.site!r} with the identity of {identity.site!r}",
+            expected="the site's own identity folder",
+            cure="correct `site` or `identity` in the site's file",
+        )
+
+
+def entry_of(settings: RunSettings, site: str) -> SiteEntry:
+    """What a run's settings say about a site; ConfigError FS-1006."""
+    entry = settings.sites.get(site)
+    if entry is None:
+        raise ConfigError(
+            "FS-1006",
+            f"the run's settings do not name {site!r}",
+            expected="an entry under [sites]",
+            cure="ask the coordinator to add this site",
+        )
+    return entry
+
+
+def training_section(config: SiteConfig) -> DatasetConfig:
+    """Where a training site's records are; ConfigError FS-1007."""
+    if config.train is None:
+        raise ConfigError(
+            "FS-1007",
+            f"{config.site!r} is a training site without a [train] data set",
+            expected="a [train] section",
+            cure="add it to the site's file",
+        )
+    return config.train
+
+
+def check_settings(settings: RunSettings, entry: SiteEntry, config: SiteConfig) -> None:
     """What a site does not take from an aggregator, whatever method and budget say."""
     section, source = config.evaluation, settings.encoder.pretrained
     if section is not None and entry.evaluation_public and not section.public:
@@ -125,7 +154,8 @@ def _check_settings(settings: RunSettings, entry: SiteEntry, config: SiteConfig)
         )
 
 
-def _checked_plan(settings: RunSettings, method: TrainingMethod) -> PrivacyPlan:
+def checked_plan(settings: RunSettings, method: TrainingMethod) -> PrivacyPlan:
+    """The run's privacy plan, of a size that this site can hold; ConfigError FS-1013, and the plan's own errors."""
     _, cohort = cohort_of(settings, trainers_only=True)
     plan = method.plan(settings, cohort)
     if plan.parameters > MAX_PARAMETERS:
@@ -138,20 +168,13 @@ def _checked_plan(settings: RunSettings, method: TrainingMethod) -> PrivacyPlan:
     return plan
 
 
-def _check_budget(settings: RunSettings, plan: PrivacyPlan, *, config: SiteConfig, ledger: Ledger, run: bytes) -> None:
-    """Refuse a run that cannot fit this site's budget before anything is charged."""
-    train = config.train
-    if train is None:
-        raise ConfigError(
-            "FS-1007",
-            f"{config.site!r} is a training site without a [train] data set",
-            expected="a [train] section",
-            cure="add it to the site's file",
-        )
+def check_budget(settings: RunSettings, plan: PrivacyPlan, *, config: SiteConfig, ledger: Ledger, run: bytes) -> float:
+    """Refuse a run that cannot fit this site's budget before anything is charged; returns ε after it."""
+    train = training_section(config)
     # After a restart in the middle of a run, the rounds charged before are spent, not ahead.
     mine = {e.round for e in ledger.history(train.name, "train") if e.run == run.hex()}
     ahead = paid_by(config.site, plan.events_of(max(0, settings.method.rounds - len(mine))), settings)
-    ledger.afford(
+    return ledger.afford(
         dataset=train.name,
         population="train",
         events=ahead,

@@ -64,6 +64,10 @@ class GrpcTransport:
     def bytes_down(self) -> int:
         return self._down
 
+    def greet(self, request: pb.GreetRequest) -> pb.GreetReply:
+        """What the aggregator says of itself; needs no session and changes nothing."""
+        return self._call(lambda: self._stub.Greet(request, timeout=self._deadline), request.ByteSize())
+
     def join(self, request: pb.JoinRequest) -> pb.JoinReply:
         return self._call(lambda: self._stub.Join(request, timeout=self._deadline), request.ByteSize())
 

@@ -34,6 +34,11 @@ class FederationStub:
         Args:
             channel: A grpc.Channel.
         """
+        self.Greet = channel.unary_unary(
+                '/fedsecure.v1.Federation/Greet',
+                request_serializer=fedsecure_dot_v1_dot_federation__pb2.GreetRequest.SerializeToString,
+                response_deserializer=fedsecure_dot_v1_dot_federation__pb2.GreetReply.FromString,
+                _registered_method=True)
         self.Join = channel.unary_unary(
                 '/fedsecure.v1.Federation/Join',
                 request_serializer=fedsecure_dot_v1_dot_federation__pb2.JoinRequest.SerializeToString,
@@ -68,6 +73,13 @@ class FederationStub:
 
 class FederationServicer:
     """Missing associated documentation comment in .proto file."""
+
+    def Greet(self, request, context):
+        """Whether the line works, before or beside a session: changes nothing.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
 
     def Join(self, request, context):
         """Opens a session. One live session a site; the reply holds everything public about the run.
@@ -114,6 +126,11 @@ class FederationServicer:
 
 def add_FederationServicer_to_server(servicer, server):
     rpc_method_handlers = {
+            'Greet': grpc.unary_unary_rpc_method_handler(
+                    servicer.Greet,
+                    request_deserializer=fedsecure_dot_v1_dot_federation__pb2.GreetRequest.FromString,
+                    response_serializer=fedsecure_dot_v1_dot_federation__pb2.GreetReply.SerializeToString,
+            ),
             'Join': grpc.unary_unary_rpc_method_handler(
                     servicer.Join,
                     request_deserializer=fedsecure_dot_v1_dot_federation__pb2.JoinRequest.FromString,
@@ -154,6 +171,33 @@ def add_FederationServicer_to_server(servicer, server):
  # This class is part of an EXPERIMENTAL API.
 class Federation:
     """Missing associated documentation comment in .proto file."""
+
+    @staticmethod
+    def Greet(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedsecure.v1.Federation/Greet',
+            fedsecure_dot_v1_dot_federation__pb2.GreetRequest.SerializeToString,
+            fedsecure_dot_v1_dot_federation__pb2.GreetReply.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
 
     @staticmethod
     def Join(request,

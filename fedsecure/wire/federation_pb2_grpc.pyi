@@ -33,6 +33,8 @@ class FederationStub:
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
     def __new__(cls, channel: _aio.Channel) -> FederationAsyncStub: ...
+    Greet: _grpc.UnaryUnaryMultiCallable[_federation_pb2.GreetRequest, _federation_pb2.GreetReply]
+    """Whether the line works, before or beside a session: changes nothing."""
     Join: _grpc.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]
     """Opens a session. One live session a site; the reply holds everything public about the run."""
     Next: _grpc.UnaryUnaryMultiCallable[_federation_pb2.NextRequest, _federation_pb2.Directive]
@@ -49,6 +51,8 @@ class FederationStub:
 @_typing.type_check_only
 class FederationAsyncStub(FederationStub):
     def __init__(self, channel: _aio.Channel) -> None: ...
+    Greet: _aio.UnaryUnaryMultiCallable[_federation_pb2.GreetRequest, _federation_pb2.GreetReply]  # type: ignore[assignment]
+    """Whether the line works, before or beside a session: changes nothing."""
     Join: _aio.UnaryUnaryMultiCallable[_federation_pb2.JoinRequest, _federation_pb2.JoinReply]  # type: ignore[assignment]
     """Opens a session. One live session a site; the reply holds everything public about the run."""
     Next: _aio.UnaryUnaryMultiCallable[_federation_pb2.NextRequest, _federation_pb2.Directive]  # type: ignore[assignment]
@@ -63,6 +67,14 @@ class FederationAsyncStub(FederationStub):
     """Held open while the site works, so that either side notices when the other is gone."""
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
+    @_abc_1.abstractmethod
+    def Greet(
+        self,
+        request: _federation_pb2.GreetRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.GreetReply, _abc.Awaitable[_federation_pb2.GreetReply]]:
+        """Whether the line works, before or beside a session: changes nothing."""
+
     @_abc_1.abstractmethod
     def Join(
         self,

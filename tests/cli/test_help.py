@@ -110,6 +110,7 @@ def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert own == {
         "fedsecure.cli",
         "fedsecure.cli.app",
+        "fedsecure.cli.doctor",
         "fedsecure.cli.duplicates",
         "fedsecure.cli.options",
         "fedsecure.cli.records",
