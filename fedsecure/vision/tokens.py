@@ -32,10 +32,11 @@ class TokenRows:
 
     def __init__(self, encoder: Encoder) -> None:
         self._pixels, self._device = PixelRows(encoder), encoder.device
-        self._visual: Any = encoder.network.visual
+        # By this name encoding checks that nothing in it is in training mode.
+        self._model: Any = encoder.network.visual
         self.name = f"tokens of {encoder.name}"
         self.fingerprint = hashlib.sha256(b"fedsecure/tokens/v1\0" + encoder.fingerprint.encode()).hexdigest()
-        self.dimension = self._visual.positional_embedding.numel()
+        self.dimension = self._model.positional_embedding.numel()
 
     def encode_images(
         self, images: Sequence[Image], *, batch_size: int = 64, progress: Progress | None = None
@@ -45,12 +46,12 @@ class TokenRows:
 
         pixels = self._pixels.encode_images(images, batch_size=batch_size)
         out = np.empty((len(images), self.dimension), dtype=np.float32)
-        before = len(self._visual.transformer.resblocks) - 2
+        before = len(self._model.transformer.resblocks) - 2
         for start in range(0, len(images), batch_size):
             batch = torch.from_numpy(pixels[start : start + batch_size]).to(self._device)
             with torch.inference_mode():
-                found = self._visual.forward_intermediates(
-                    batch.reshape(len(batch), 3, *self._visual.image_size),
+                found = self._model.forward_intermediates(
+                    batch.reshape(len(batch), 3, *self._model.image_size),
                     indices=[before],
                     stop_early=True,
                     intermediates_only=True,

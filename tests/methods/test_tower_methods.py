@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from fedsecure.config import DatasetConfig, FederationConfig, PolicyConfig, RunSettings, SiteConfig, load
+from fedsecure.data.loading import open_dataset
 from fedsecure.data.phantoms import CLASSES, write_federation
 from fedsecure.errors import ConfigError, EnvironmentProblem, ModelError
 from fedsecure.learning.artefact import load_adapter
+from fedsecure.learning.encoding import encode_dataset
 from fedsecure.learning.inference import evaluate_dataset, predict_images
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import SiteState
@@ -23,6 +25,7 @@ from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation.memory import MemoryRun, run_in_memory
 from fedsecure.simulation.scaffold import SitePlan, lay_out
 from fedsecure.vision.encoder import Encoder, load_encoder
+from fedsecure.vision.tokens import TokenRows
 
 SITES = ("site_a", "site_b", "site_c")
 PER_CLASS = 2
@@ -189,6 +192,14 @@ def test_more_tokens_than_a_site_holds_are_refused_before_anything_is_asked(enco
     for train, evaluation, views, cap in ((27_000, 963, 1, 1), (14_000, 0, 2, 1), (1_000, 991, 6, 4)):
         with pytest.raises(ModelError, match="FS-1678"):
             begun(train, evaluation, views, cap)
+
+
+def test_tokens_of_a_tower_in_training_mode_are_refused(scans: Path) -> None:
+    other = load_encoder("fedsecure-tiny", "bundled", device="cpu")
+    other.network.visual.transformer.resblocks[0].train()
+    records = open_dataset(DatasetConfig(name="scans", path=scans / "site_a" / "train"), classes=CLASSES)
+    with pytest.raises(ModelError, match="FS-1645"):
+        encode_dataset(records, TokenRows(other), None)
 
 
 class Bench:
