@@ -6,8 +6,9 @@
 ``examples/clip2fl.py`` the same number). ``DIR/test`` is scored at the end where it is there, and decides nothing.
 
 STAND-IN: a convolutional tower of 1.3 million parameters that has seen 500 labelled images a class of the very task.
-On CIFAR-10 it has SCORES.
-It says nothing about what CLIP would score, or do for its students.
+With ``--epochs 40 --bfloat16`` and seed 0 it is right on 65.0 % of the 1,000 CIFAR-10 images held out and on 67.7 % of
+4,000 test images (2026-11-21, 21 minutes beside much other work on two cores; about five minutes of one). It says
+nothing about what CLIP would score, or do for its students.
 """
 
 from __future__ import annotations
