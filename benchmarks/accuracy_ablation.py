@@ -12,10 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +23,7 @@ import numpy as np
 
 from benchmarks.accuracy_page import interval, spread
 from benchmarks.accuracy_study import folds
+from benchmarks.accuracy_work import Work, finished_work, work_off
 from fedsecure.learning.adapters import AdapterSpec, Vector
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.evaluation import accuracy, counts
@@ -32,7 +32,7 @@ from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.privacy.accounting import calibrate
 from fedsecure.simulation.pool import Pool, read_pool
-from fedsecure.simulation.simulate import Step, open_results, read_row, write_row
+from fedsecure.simulation.simulate import Step
 
 DELTA, SHARE = 1e-5, math.sqrt(5 / 4)
 STEPS = {"linear": 20, "facmic": 60}
@@ -162,31 +162,23 @@ class Ablation:
     def cells(self) -> int:
         return len(self._work())
 
-    def _work(self) -> list[tuple[str, float, int]]:
-        names = tuple(CHANGES) if self.kind == "linear" else FEWER
-        work = product(names, self.epsilons, range(self.folds))
-        return [(name, epsilon, fold) for name, epsilon, fold in work if CHANGES[name].ruled_at != epsilon]
-
     def run(self, watch: Callable[[Step], None]) -> list[dict[str, Any]]:
         pool, parts = self._parts()
-        out, rows = open_results(self.out), []
-        for done, (name, epsilon, fold) in enumerate(self._work()):
-            watch(Step(done, self.cells, f"{name}, ε = {epsilon:g}, fold {fold}"))
-            key = self._key(pool, name, epsilon, fold)
-            row = read_row(out, key)
-            if row is None:
-                begun = time.monotonic()
-                found = score(self.kind, pool, CHANGES[name], epsilon, parts[fold], seed=fold)
-                facts = {"method": self.kind, "change": name, "epsilon": epsilon, "seed": fold, "accuracy": found}
-                row = {**facts, "wall_seconds": round(time.monotonic() - begun, 2)}
-                write_row(out, key, row)
-            rows.append(row)
-        return rows
+
+        def score_of(work: Work) -> float:
+            name, epsilon, fold = work
+            return score(self.kind, pool, CHANGES[name], epsilon, parts[fold], seed=fold)
+
+        return work_off(self.out, self.kind, self._work(), key=partial(self._key, pool), score=score_of, watch=watch)
 
     def finished(self) -> list[dict[str, Any]]:
         pool, _ = self._parts()
-        kept = (read_row(self.out, self._key(pool, *work)) for work in self._work())
-        return [row for row in kept if row is not None]
+        return finished_work(self.out, self._work(), key=partial(self._key, pool))
+
+    def _work(self) -> list[Work]:
+        names = tuple(CHANGES) if self.kind == "linear" else FEWER
+        work = product(names, self.epsilons, range(self.folds))
+        return [(name, epsilon, fold) for name, epsilon, fold in work if CHANGES[name].ruled_at != epsilon]
 
     def _parts(self) -> tuple[Pool, list[tuple[UnitFeatures, UnitFeatures]]]:
         # The split named "test" here is not looked at; the reader wants one that is not trained on.
@@ -195,7 +187,8 @@ class Ablation:
             validation = len(held["val_y"])
         return pool, list(folds(pool, validation, 5))
 
-    def _key(self, pool: Pool, name: str, epsilon: float, fold: int) -> str:
+    def _key(self, pool: Pool, work: Work) -> str:
+        name, epsilon, fold = work
         facts = [self.kind, asdict(CHANGES[name]), epsilon, fold, pool.digest]
         return hashlib.sha256(b"ablation/v1\0" + json.dumps(facts).encode()).hexdigest()[:32]
 

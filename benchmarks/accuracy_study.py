@@ -14,7 +14,8 @@ import argparse
 import json
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from rich.table import Table
 from fedsecure.learning.adapters import AdapterSpec
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.evaluation import accuracy, counts
+from fedsecure.learning.objective import Objective
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest
 from fedsecure.learning.units import UnitFeatures, group_units
@@ -59,12 +61,29 @@ def folds(pool: Pool, validation: int, count: int) -> Iterator[tuple[UnitFeature
         yield units_of(pool, np.setdiff1d(np.arange(total), scored)), units_of(pool, scored)
 
 
-def descend(task: HeadTask, units: UnitFeatures, *, steps: int, rate: float, noise: float, seed: int) -> dict[str, Any]:
-    """Full-batch DP gradient descent as the methods do it; ``noise`` is the sum's multiplier."""
-    rng = np.random.default_rng(seed)
+def descend(
+    task: HeadTask,
+    units: UnitFeatures,
+    *,
+    steps: int,
+    rate: float,
+    noise: float,
+    rng: np.random.Generator,
+    objective: Callable[[Mapping[str, Any]], Objective] | None = None,
+) -> dict[str, Any]:
+    """Full-batch DP gradient descent as the methods do it.
+
+    Args:
+        task, units: what is trained, and on what.
+        steps, rate: T and the learning rate.
+        noise: the sum's multiplier.
+        rng: draws the noise.
+        objective: the loss at an adapter, where it is another one in each step.
+    """
     tensors: dict[str, Any] = dict(task.spec.initial(seed=b"study"))
     for _ in range(steps):
-        gradient = clipped_sum(task, tensors, units, max_grad_norm=NORM, device="cpu")
+        at = task if objective is None else replace(task, objective=objective(tensors))
+        gradient = clipped_sum(at, tensors, units, max_grad_norm=NORM, device="cpu")
         gradient += noise * NORM * rng.standard_normal(gradient.size)
         tensors = task.spec.unflatten(task.spec.flatten(tensors) - rate / len(units) * gradient)
     return tensors
@@ -94,7 +113,7 @@ def measure(
         if options.kind == "linear" and prior_of_images(text, centre):
             temperature *= IMAGE_PRIOR
         task = HeadTask(spec, text, centre, heat * temperature)
-        trained = descend(task, train, steps=steps, rate=rate * ruled, noise=noise, seed=number)
+        trained = descend(task, train, steps=steps, rate=rate * ruled, noise=noise, rng=np.random.default_rng(number))
         before.append(accuracy(*counts(task, spec.initial(seed=b"study"), scored)))
         after.append(accuracy(*counts(task, trained, scored)))
     error = float(np.std(after, ddof=1) / math.sqrt(len(after))) if len(after) > 1 else None

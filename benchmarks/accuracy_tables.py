@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.accuracy_ablation import Ablation, lines
+from benchmarks.accuracy_images import Alignment, ImageAblation, Views
+from benchmarks.accuracy_towers import Towers
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone
 from fedsecure.simulation.folders import from_pool
@@ -21,6 +23,7 @@ from fedsecure.simulation.simulate import SimulationOptions, Step, finished_rows
 INF = math.inf
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, INF)
 FEW = (1.0, 8.0, INF)
+SEEDS = 5
 SKEWS = ("dirichlet:0.1", "dirichlet:0.5", "quantity:0.5")
 Row = dict[str, Any]
 Watch = Callable[[Step], None]
@@ -164,6 +167,7 @@ def settings(data: Path, out: Path, name: str, **changes: Any) -> SimulationOpti
         # UCF101's prior is one public image a class, so that its mean is a public mean of image features.
         "centre": f"{file}:text" if ucf else "none",
         "epsilons": EPSILONS,
+        "seeds": SEEDS,
     }
     return SimulationOptions(out=out, **{**standing, **changes})
 
@@ -197,12 +201,17 @@ def tables(data: Path, out: Path) -> list[Table]:
         return Federated(settings(data, out / f"{name}-{folder}", name, **changes))
 
     def ucf(folder: str, method: str, **changes: Any) -> Federated:
-        return on("ucf101", f"{folder}-{method}", methods=(method,), **{"seeds": 3, **changes})
+        return on("ucf101", f"{folder}-{method}", methods=(method,), **changes)
+
+    def caltech(folder: str, **changes: Any) -> Federated:
+        return on("caltech101", f"{folder}-linear", methods=("linear",), epsilons=FEW, **changes)
+
+    def by_itself(*partition: str) -> Alone:
+        options = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=SEEDS, partitions=partition)
+        return Alone("local-only-linear", options)
 
     averaged = {"noises": ("local",), "rounds": 10, "local_steps": 5, "partitions": ("iid", SKEWS[0])}
-    ucf_file = data / "ucf101_clip_vitb32.npz"
-    alone_options = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=3)
-    skewed = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=3, partitions=(SKEWS[0],))
+    ucf_file, slices = data / "ucf101_clip_vitb32.npz", data / "brain-tumor"
     folders = {
         "--data": str(data / "brain-tumor"),
         "--origins": str(data / "brain-tumor" / "manifest.csv"),
@@ -224,11 +233,22 @@ def tables(data: Path, out: Path) -> list[Table]:
             "caltech101-iid",
             "Caltech101 features, five sites, IID, distributed noise",
             (
-                on("caltech101", "iid-linear", methods=("linear",), seeds=5),
-                on("caltech101", "iid-facmic", methods=("facmic",), seeds=3),
+                on("caltech101", "iid-linear", methods=("linear",)),
+                on("caltech101", "iid-facmic", methods=("facmic",)),
             ),
             pairs=(("facmic", "linear"),),
             drawn=True,
+        ),
+        Table(
+            "caltech101-skew",
+            "Caltech101 features: skew of labels and sizes, local noise, three sites, linear head",
+            (
+                caltech("iid"),
+                caltech("skew", partitions=(SKEWS[0], SKEWS[2])),
+                caltech("local", noises=("local",), partitions=("iid", SKEWS[0])),
+                caltech("three", sites=3, min_survivors=3),
+            ),
+            label=("sites", "noise", "partition"),
         ),
         Table(
             "brain-tumor-released",
@@ -249,8 +269,8 @@ def tables(data: Path, out: Path) -> list[Table]:
                 ucf("iid", "linear", epsilons=FEW),
                 ucf("iid", "facmic", epsilons=FEW),
                 *(ucf("iid", method, epsilons=FEW) for method in ("prototypes", "ridge", "fedfocal", "bottleneck")),
-                ucf("iid", "fedclip", epsilons=FEW, seeds=1, rounds=60),
-                Alone("local-only-linear", alone_options),
+                ucf("iid", "fedclip", epsilons=FEW, rounds=60),
+                by_itself("iid"),
             ),
         ),
         Table(
@@ -259,20 +279,21 @@ def tables(data: Path, out: Path) -> list[Table]:
             (
                 ucf("iid", "linear", epsilons=FEW),
                 ucf("skew", "linear", epsilons=FEW, partitions=SKEWS),
-                ucf("local", "linear", epsilons=FEW[:2], partitions=("iid", SKEWS[0], SKEWS[2]), noises=("local",)),
-                Alone("local-only-linear", alone_options),
-                Alone("local-only-linear", skewed),
+                ucf("local", "linear", epsilons=FEW, partitions=("iid", *SKEWS), noises=("local",)),
+                ucf("iid", "facmic", epsilons=(8.0,), seeds=1),
+                ucf("skew", "facmic", epsilons=(8.0,), seeds=1, partitions=(SKEWS[0], SKEWS[2])),
+                by_itself("iid"),
+                by_itself(SKEWS[0]),
             ),
             label=("method", "noise", "partition"),
         ),
         Table(
             "ucf101-local",
             "UCF101 features, five sites: ten rounds of five local steps, local noise",
-            tuple(
-                ucf("averaging", method, epsilons=(8.0, INF), **averaged) for method in ("fedavg", "fedprox", "moon")
-            ),
+            tuple(ucf("averaging", method, epsilons=FEW, **averaged) for method in ("fedavg", "fedprox", "moon")),
             label=("method", "partition"),
             pairs=(
+                ("fedavg, dirichlet:0.1", "fedavg, iid"),
                 ("fedprox, dirichlet:0.1", "fedavg, dirichlet:0.1"),
                 ("moon, dirichlet:0.1", "fedavg, dirichlet:0.1"),
             ),
@@ -285,7 +306,7 @@ def tables(data: Path, out: Path) -> list[Table]:
         Table(
             "ucf101-iid",
             "UCF101 features, five sites, IID, distributed noise",
-            (ucf("iid", "linear", seeds=5), ucf("iid", "facmic", seeds=5)),
+            (ucf("iid", "linear"), ucf("iid", "facmic")),
             pairs=(("facmic", "linear"),),
             drawn=True,
         ),
@@ -297,5 +318,29 @@ def tables(data: Path, out: Path) -> list[Table]:
                 lines=lines,
             )
             for kind, count in (("linear", 5), ("facmic", 1))
+        ),
+        *(
+            Table(
+                f"ablation-views-{kind}",
+                f"what several views of a slice are worth, held-out training slices, {kind}",
+                (ImageAblation(Views(slices, kind), out / f"ablation-views-{kind}"),),
+                lines=lines,
+            )
+            for kind in ("linear", "facmic")
+        ),
+        Table(
+            "ablation-alignment",
+            "what the alignment with a public target is worth, generated scans of another site",
+            (ImageAblation(Alignment(), out / "ablation-alignment"),),
+            lines=lines,
+        ),
+        Table(
+            "brain-tumor-towers",
+            "BT slices, tiny CLIP, methods inside the towers",
+            tuple(
+                Towers(slices, slices / "manifest.csv", method, out / f"brain-tumor-{method}", (8.0, INF), 3)
+                for method in ("promptfl", "lora")
+            ),
+            columns=scores,
         ),
     ]

@@ -177,13 +177,24 @@ class Facmic(AdapterDescent):
 
     def _read_prototypes(self, settings: RunSettings, cohort: Cohort, values: Vector) -> Float32:
         scale = sum(settings.declared_units().values()) if settings.privacy.noise == "local" else 1
-        layout = Moments(*self._layout(settings))
         noise = self.plan(settings, cohort).sum_noise_multiplier
-        found = read_moments(values * (scale / settings.privacy.max_grad_norm), layout, noise=noise)
-        squares = np.square(found.class_sums).sum(axis=1, keepdims=True)
-        # Of a row's squared length its noise makes d·σ²: what is left of it is the share to be trusted.
-        trusted = np.clip(1 - layout.dimension * found.class_noise**2 / np.maximum(squares, 1e-300), 0.0, 1.0)
-        return np.asarray(unit_rows(found.class_sums) * np.sqrt(trusted), np.float32)
+        layout = Moments(*self._layout(settings))
+        return prototypes_of(values * (scale / settings.privacy.max_grad_norm), layout, noise=noise)
+
+
+def prototypes_of(values: Vector, layout: Moments, *, noise: float) -> Float32:
+    """(K, d) class prototypes, each as long as it can be trusted, from a noisy sum of moments.
+
+    Args:
+        values: float64, shape (layout.length,).
+        layout: of the sum.
+        noise: standard deviation of each entry's noise, for a contribution of length 1.
+    """
+    found = read_moments(values, layout, noise=noise)
+    squares = np.square(found.class_sums).sum(axis=1, keepdims=True)
+    # Of a row's squared length its noise makes d·σ²: what is left of it is the share to be trusted.
+    trusted = np.clip(1 - layout.dimension * found.class_noise**2 / np.maximum(squares, 1e-300), 0.0, 1.0)
+    return np.asarray(unit_rows(found.class_sums) * np.sqrt(trusted), np.float32)
 
 
 def _target_of(features: SiteFeatures) -> Float32:

@@ -83,6 +83,37 @@ def test_every_installed_method_can_be_measured() -> None:
     ]
 
 
+def test_finished_measurements_are_not_taken_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kept = load("benchmarks/accuracy_work.py", monkeypatch)
+    work = [("as deployed", 1.0, 0), ("as deployed", 1.0, 1), ("other", 1.0, 0), ("other", 1.0, 1)]
+    taken: list[Any] = []
+
+    def score(piece: Any) -> float:
+        taken.append(piece)
+        return 0.5 + 0.1 * (piece[0] == "other") + 0.01 * piece[2]
+
+    def measured(pieces: Any) -> Any:
+        return kept.work_off(
+            tmp_path / "out", "linear", pieces, key=lambda p: f"{p[0]}-{p[2]}", score=score, watch=lambda step: None
+        )
+
+    measured(work[:3])
+    rows = measured(work)
+    assert taken == work
+    assert kept.finished_work(tmp_path / "out", work, key=lambda p: f"{p[0]}-{p[2]}") == rows
+    assert [row["accuracy"] for row in rows] == [0.5, 0.51, 0.6, 0.61]
+
+
+def test_every_table_of_the_page_has_a_place_there() -> None:
+    listed = run("-m", "benchmarks.accuracy", "--data", "nowhere", "--list")
+    page = (ROOT / "examples" / "results" / "facmic.md").read_text(encoding="utf-8")
+    slugs = [line.split()[0] for line in listed.splitlines()]
+    assert slugs == list(dict.fromkeys(slugs))
+    for slug in slugs:
+        assert f"<!-- begin {slug} -->\n" in page, slug
+        assert f"<!-- end {slug} -->" in page, slug
+
+
 @pytest.mark.slow
 def test_a_whole_run_on_the_sizes_of_the_set_is_timed() -> None:
     found = json.loads(run("-m", "benchmarks.facmic", "--quick", "--json"))
