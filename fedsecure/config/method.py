@@ -13,6 +13,9 @@ class Clip2flConfig(Section):
     """What the method ``clip2fl`` goes by, and no other; the defaults are those of a private run.
 
     Attributes:
+        student: what is trained: ``"linear"``: a residual head on cached features; ``"features"``: an affine map of
+            them under a classifier; ``"resnet8"``: a small network on 32 × 32 images.
+        width: of ``"resnet8"``, times its 16, 32 and 64 channels.
         distillation: β, how much zero-shot CLIP teaches in local training; 0 is plain cross-entropy.
         distillation_temperature: T of both sides' softmax.
         releases: in how many of the last rounds the sites give class gradients; 0 leaves the side branch out.
@@ -34,6 +37,8 @@ class Clip2flConfig(Section):
         warm_start: whether the classifier goes on from the last one instead of from a fresh one.
     """
 
+    student: Literal["linear", "features", "resnet8"] = "linear"
+    width: Annotated[int, Field(ge=1, le=16)] = 4
     distillation: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 1.0
     distillation_temperature: Positive = 3.0
     releases: Annotated[int, Field(ge=0, le=100_000)] = 1

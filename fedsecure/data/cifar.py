@@ -11,6 +11,7 @@ import tarfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from fedsecure.data.arrays import ArrayRecords, from_arrays
 from fedsecure.data.dataset import Dataset
 from fedsecure.data.images import Entry
 from fedsecure.errors import DataError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _SIDE = 32
 _PIXELS = 3 * _SIDE * _SIDE
@@ -218,8 +222,12 @@ def read_pixels(records: Dataset, *, side: int = _SIDE) -> npt.NDArray[np.uint8]
     """
     pixels = np.empty((len(records), 3, side, side), np.uint8)
     for index in range(len(records)):
-        image = records.image(index)
-        if image.size != (side, side):
-            image = image.resize((side, side), resample=3)  # bicubic
-        pixels[index] = np.asarray(image, np.uint8).transpose(2, 0, 1)
+        pixels[index] = thumbnail(records.image(index), side=side)
     return pixels
+
+
+def thumbnail(image: Image, *, side: int = _SIDE) -> npt.NDArray[np.uint8]:
+    """One colour image as uint8 (3, side, side); scaled (bicubic) where it has another size."""
+    if image.size != (side, side):
+        image = image.resize((side, side), resample=3)  # bicubic
+    return np.asarray(image, np.uint8).transpose(2, 0, 1)

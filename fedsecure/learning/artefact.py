@@ -21,6 +21,7 @@ from fedsecure.files import write_whole
 from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
 from fedsecure.learning.evaluation import predict
 from fedsecure.learning.features import Inputs
+from fedsecure.learning.student_spec import STAGES, resnet8_spec
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.towers import TowerSpec, last_block_spec, lora_spec, prompt_spec
 
@@ -86,7 +87,7 @@ class Adapter:
     @property
     def inputs(self) -> Inputs:
         """What it predicts from: features, or rows of images where it lies inside the visual tower."""
-        kinds: Mapping[str, Inputs] = {"lora": "pixels", "last_block": "tokens"}
+        kinds: Mapping[str, Inputs] = {"lora": "pixels", "last_block": "tokens", "resnet8": "thumbnails"}
         return kinds.get(self.spec.kind, "features")
 
     def check_encoder(self, fingerprint: str) -> None:
@@ -214,6 +215,9 @@ def _spec(kind: str, metadata: AdapterMetadata, shapes: Mapping[str, tuple[int, 
         return lora_spec(metadata.model, classes=classes, rank=shapes["0.c_fc.A"][0])
     if kind == "last_block":
         return last_block_spec(metadata.model, classes=classes)
+    if kind == "resnet8":
+        width = shapes["conv.weight"][0] // STAGES[0]
+        return resnet8_spec(classes=classes, dimension=shapes["text"][1], width=width)
     return AdapterSpec(kind, int(shapes["text"][1]), classes)  # type: ignore[arg-type]
 
 

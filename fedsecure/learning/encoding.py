@@ -16,6 +16,7 @@ from fedsecure.vision.cache import FeatureCache, FloatFeatures
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+    from fedsecure.learning.thumbnails import ThumbnailRows
     from fedsecure.vision.encoder import Encoder, Progress
     from fedsecure.vision.pixels import PixelRows
     from fedsecure.vision.tokens import TokenRows
@@ -25,7 +26,7 @@ _CHUNK = 256
 
 def encode_dataset(
     dataset: Dataset,
-    encoder: Encoder | PixelRows | TokenRows,
+    encoder: Encoder | PixelRows | TokenRows | ThumbnailRows,
     cache: FeatureCache | None,
     *,
     batch_size: int = 64,
@@ -106,7 +107,7 @@ def pace(say: Callable[[str], None], name: str, *, every: float = 2.0) -> Progre
     return watch
 
 
-def _check_frozen(encoder: Encoder | PixelRows | TokenRows) -> None:
+def _check_frozen(encoder: Encoder | PixelRows | TokenRows | ThumbnailRows) -> None:
     """Batch normalisation in training mode would mix the images of a batch, and remember them (privacy.md P9)."""
     module = getattr(encoder, "_model", None)
     training = [name or "the model" for name, part in module.named_modules() if part.training] if module else []

@@ -20,14 +20,15 @@ from fedsecure.learning.units import UnitFeatures, group_units
 
 if TYPE_CHECKING:
     from fedsecure.data.dataset import Dataset
+    from fedsecure.learning.thumbnails import ThumbnailRows
     from fedsecure.vision.encoder import Encoder
     from fedsecure.vision.pixels import PixelRows
     from fedsecure.vision.tokens import TokenRows
 
 Progress = Callable[[int, int], None]
 # What a method's records are: frozen features, or preprocessed images where the tower itself is trained, or what the
-# tower's last block sees of them where only that is.
-Inputs = Literal["features", "pixels", "tokens"]
+# tower's last block sees of them where only that is; or small images beside features, for a student of CLIP.
+Inputs = Literal["features", "pixels", "tokens", "thumbnails"]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -41,7 +42,7 @@ class SiteFeatures:
         fingerprint: of the encoder, or of a feature file's classes, text and mean.
         preprocessing: facts for the adapter's metadata.
         encoder: None for precomputed features.
-        rows: what makes a record's row in place of the encoder, for methods that train inside the visual tower.
+        rows: what makes a record's row in place of the encoder, for methods that train on images.
         target: (m, d) public, unlabelled features to align with, where the run has any.
     """
 
@@ -51,7 +52,7 @@ class SiteFeatures:
     fingerprint: str
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
     encoder: Encoder | None = None
-    rows: PixelRows | TokenRows | None = None
+    rows: PixelRows | TokenRows | ThumbnailRows | None = None
     target: Float32 | None = None
 
     @property
@@ -60,13 +61,16 @@ class SiteFeatures:
         return self.dimension if self.rows is None else self.rows.dimension
 
 
-def rows_for(inputs: Inputs, encoder: Encoder) -> PixelRows | TokenRows | None:
+def rows_for(inputs: Inputs, encoder: Encoder) -> PixelRows | TokenRows | ThumbnailRows | None:
     """What makes rows of that kind; None for features, which the encoder itself makes."""
+    from fedsecure.learning.thumbnails import ThumbnailRows
     from fedsecure.vision.pixels import PixelRows
     from fedsecure.vision.tokens import TokenRows
 
     if inputs == "features":
         return None
+    if inputs == "thumbnails":
+        return ThumbnailRows(encoder)
     return PixelRows(encoder) if inputs == "pixels" else TokenRows(encoder)
 
 
@@ -222,8 +226,8 @@ def load_units(
         from fedsecure.learning.views import Viewed
         from fedsecure.vision.cache import FeatureCache
 
-        kept = FeatureCache(cache) if cache is not None and features.rows is None else None
         eye = features.rows or features.encoder
+        kept = FeatureCache(cache) if cache is not None and (features.rows is None or features.rows.cached) else None
         seen = [encode_dataset(Viewed(dataset, number), eye, kept, progress=progress) for number in range(1, views)]
         values = encode_dataset(dataset, eye, kept, progress=progress)
         # End to end, so that a record's views stay together while its unit chooses records.

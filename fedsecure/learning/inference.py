@@ -120,10 +120,14 @@ def _classify(
         return adapter.predict(rows, fingerprint=adapter.metadata.fingerprint, device=device)
     from fedsecure.learning.last_block import last_block_task
     from fedsecure.learning.lora_module import lora_task
+    from fedsecure.learning.student_module import resnet8_task
 
     assert isinstance(adapter.spec, TowerSpec)
-    make = lora_task if adapter.inputs == "pixels" else last_block_task
-    task = make(encoder.network, spec=adapter.spec, head=adapter.zero_shot)
+    if adapter.inputs == "thumbnails":
+        task = resnet8_task(adapter.spec, head=adapter.zero_shot)
+    else:
+        make = lora_task if adapter.inputs == "pixels" else last_block_task
+        task = make(encoder.network, spec=adapter.spec, head=adapter.zero_shot)
     return predict(task, adapter.tensors, rows, device=device)
 
 

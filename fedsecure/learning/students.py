@@ -23,15 +23,13 @@ from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import Float32
 from fedsecure.learning.distillation import Distillation, distillation_loss
 from fedsecure.learning.opacus_engine import ModuleTask
+from fedsecure.learning.student_spec import PIXELS, SIDE, STAGES
 from fedsecure.learning.tower_task import load_exactly
 
 Kind = Literal["resnet8", "features"]
 Norm = Literal["batch", "group"]
-SIDE = 32
-PIXELS = 3 * SIDE * SIDE
 # CIFAR-10's, which the released programs use for CIFAR-100 as well.
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
-_STAGES = (16, 32, 64)
 _GROUPS = 8
 # Images in activations at a time under Opacus: a float64 ResNet-8 ×1 needs about 3 MB for each.
 _CHUNK = 64
@@ -117,7 +115,7 @@ class ResNet8(Student):
 
     def __init__(self, spec: StudentSpec) -> None:
         super().__init__()
-        channels = [stage * spec.width for stage in _STAGES]
+        channels = [stage * spec.width for stage in STAGES]
         self.conv = nn.Conv2d(3, channels[0], 3, padding=1, bias=False)
         self.norm = _norm(spec.norm, channels[0])
         before = (channels[0], *channels[:-1])
@@ -201,6 +199,17 @@ def student_records(inputs: Tensor, teacher: npt.NDArray[Any] | Tensor) -> Float
     return np.asarray(torch.cat([inputs.reshape(len(inputs), -1).float(), logits], dim=1).numpy(), np.float32)
 
 
+def check_single(records: Tensor) -> None:
+    """Refuse (U, m, …) units of several records: ModelError FS-1693."""
+    if records.shape[1] != 1:
+        raise ModelError(
+            "FS-1693",
+            f"units of {records.shape[1]} records",
+            expected="one record a unit",
+            cure='convolutions see one image a unit: set privacy.unit = "record"',
+        )
+
+
 class _WithTeacher(nn.Module):
     """(U, 1, record + C) records → (U, 1, 2C): the student's logits and, carried through, the teacher's."""
 
@@ -210,13 +219,7 @@ class _WithTeacher(nn.Module):
         self.spec = spec
 
     def forward(self, records: Tensor) -> Tensor:
-        if records.shape[1] != 1:
-            raise ModelError(
-                "FS-1693",
-                f"units of {records.shape[1]} records",
-                expected="one record a unit",
-                cure='convolutions see one image a unit: set privacy.unit = "record"',
-            )
+        check_single(records)
         rows = records[:, 0]
         inputs, teacher = rows[:, : self.spec.record], rows[:, self.spec.record :]
         if self.spec.kind == "resnet8":

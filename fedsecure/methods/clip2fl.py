@@ -1,11 +1,12 @@
-"""CLIP2FL on frozen CLIP features: distillation at the sites, federated features at the aggregator, for long tails.
+"""CLIP2FL: distillation from CLIP at the sites, federated features at the aggregator, for long tails.
 
-Shi, Zheng, Yin, Lu, Huang, Cao, Chen: CLIP2FL, AAAI 2024 (arXiv 2312.08648). Sites train a residual head with
-cross-entropy and distillation from zero-shot CLIP. In the last rounds they also give class gradients, summed over all
+Shi, Zheng, Yin, Lu, Huang, Cao, Chen: CLIP2FL, AAAI 2024 (arXiv 2312.08648). Sites train a student with cross-entropy
+and distillation from zero-shot CLIP. In the last rounds they also give class gradients at its features, summed over all
 classes in one bounded segment of the same vector. The aggregator finds features whose gradients look alike, draws them
-to the class texts, and trains a classifier on them, which has the same number of features for every class; it is the
-run's result. Features and classifier never influence the training of the head, so that this side branch costs one
-release, and what it does with it is post-processing. Without contrast it is CReFF (IJCAI 2022).
+to the class texts, and trains a classifier on them, which has the same number of features for every class; with the
+student below it, it is the run's result. Features and classifier never influence the training of the student, so that
+this side branch costs one release, and what it does with it is post-processing. Without contrast it is CReFF (IJCAI
+2022).
 """
 
 from __future__ import annotations
@@ -13,39 +14,44 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from fedsecure.config import Clip2flConfig, RunSettings
 from fedsecure.errors import ConfigError
-from fedsecure.learning.adapters import Float32, Vector
+from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
 from fedsecure.learning.class_gradients import ClassGradients, class_gradient_sum, clear_classes, span_basis
 from fedsecure.learning.classifier import Classifier, Retraining, fresh_classifier, retrain
-from fedsecure.learning.features import SiteFeatures
+from fedsecure.learning.features import Inputs, SiteFeatures
 from fedsecure.learning.federated_features import Matching, PrototypeContrast, find_features, fresh_features
-from fedsecure.learning.objective import Distillation, Objective
-from fedsecure.learning.task import HeadTask, unit_rows
+from fedsecure.learning.objective import Distillation
+from fedsecure.learning.task import HeadTask
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
+from fedsecure.methods.clip2fl_students import STUDENTS, Linear, check_images
 from fedsecure.methods.cohorts import cohort_of, refuse_target
 from fedsecure.methods.descent import AdapterDescent, plan_of
+from fedsecure.methods.towers import cautious_rate
 from fedsecure.privacy.grid import distributed_segment
 from fedsecure.privacy.plan import LastReleases, PrivacyPlan
 
 PURPOSE = "class gradients"
 # Values of a contribution, and of the federated features.
 MAX_VALUES = 1 << 24
-# Tensors of the state beside the head that is trained.
+# Of a network that is trained from scratch, as of low-rank branches.
+LONGEST, CAUTION = 20.0, 12.0
+# Tensors of the state beside the student that is trained.
 _CLASSIFIER, _FEATURES, _SUM = "classifier", "federated_features", "class_gradients"
 
 
 @dataclass(frozen=True, slots=True)
 class FederatedFeatureDescent(AdapterDescent):
-    """Descent on the residual head, with the side branch of class gradients, federated features and classifier.
+    """Descent on a student, with the side branch of class gradients, federated features and classifier.
 
-    The classifier acts on z = √d·a, a being the unit input of the head, so that features of length √d such as N(0, I)
-    draws stand beside it; it starts from zero, where a class gradient is a class sum of features.
+    The classifier acts on the student's features z, of length √d on CLIP's, so that N(0, I) draws stand beside them; it
+    has no bias and starts from zero, where a class gradient is a class sum of features.
     """
 
     # --- the aggregator's half --------------------------------------------------------------------------------------
@@ -73,17 +79,17 @@ class FederatedFeatureDescent(AdapterDescent):
         return _SUM in state.tensors
 
     def compute(self, settings: RunSettings, state: ServerState, features: SiteFeatures) -> ServerState:
-        """Federated features and classifier from the last class gradients; after the last round the classifier, as a
-        residual head, is the run's adapter."""
+        """Federated features and classifier from the last class gradients; after the last round the student with this
+        classifier is the run's result."""
         options, classes = settings.method.clip2fl, len(settings.classes)
         _, cohort = cohort_of(settings, trainers_only=True)
-        task, layout = self.task(settings, features), self.layout(settings)
+        student, head, layout = self.student(settings), self.head(settings, features), self.layout(settings)
         dimension, seed = settings.encoder.dimension, int.from_bytes(settings.digest()[:4], "big")
         found_before = state.tensors.get(_FEATURES)
         if found_before is None:
             found_before = fresh_features(classes, options.features, dimension, seed=seed)
             if options.start == "text":
-                found_before = found_before + math.sqrt(dimension) * task.prior[:, None]
+                found_before = found_before + student.of_texts(head, state.tensors)[:, None]
         now = Classifier(np.asarray(state.tensors.get(_CLASSIFIER, self._zero(settings)), np.float32))
         target = np.asarray(state.tensors[_SUM], np.float64)
         noise = self.plan(settings, cohort).last_events[0].noise_multiplier * options.clip_norm
@@ -97,9 +103,9 @@ class FederatedFeatureDescent(AdapterDescent):
             layout,
             matching=Matching(options.matching_steps, options.matching_rate, options.cosine),
             contrast=_contrast(options),
-            text=task.prior,
+            text=head.prior,
             clear=clear,
-            basis=span_basis(task.prior) if options.project else None,
+            basis=span_basis(head.prior) if options.project else None,
         )
         begin = now if options.warm_start else fresh_classifier(classes, dimension, bias=False, seed=seed + state.step)
         how = Retraining(options.head_epochs, options.head_batch, options.head_rate)
@@ -109,50 +115,75 @@ class FederatedFeatureDescent(AdapterDescent):
         tensors: dict[str, Tensor] = {name: value for name, value in state.tensors.items() if name != _SUM}
         tensors |= {_FEATURES: found.features, _CLASSIFIER: trained.weight}
         if state.step >= settings.method.rounds:
-            tensors = {"D": _as_residual(trained, task)}
+            below = {name: state.tensors[name] for name in self.spec(settings).shapes}
+            tensors = {**below, "D": student.residual(trained, head)}
         return replace(state, tensors=tensors, facts=facts)
 
     # --- a site's half ----------------------------------------------------------------------------------------------
 
     def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
-        head = {name: inputs[name] for name in self.spec(release.settings).shapes}
-        answer, state = AdapterDescent.answer(self, head, state, release)
+        trained = {name: inputs[name] for name in self.spec(release.settings).shapes}
+        answer, state = AdapterDescent.answer(self, trained, state, release)
         if _CLASSIFIER not in inputs:
             return answer, state
         settings = release.settings
         units = release.units("train")
         assert units is not None, "only training sites are asked"
-        task, layout = self.task(settings, release.features), self.layout(settings)
-        values = self.class_gradients(task, units, np.asarray(inputs[_CLASSIFIER]), layout, settings.method.clip2fl)
-        values = values / self._scale(settings)
+        values = self.class_gradients(settings, release.features, inputs, units) / self._scale(settings)
         return Answer({**answer.values, _SUM: values}, {**answer.units, _SUM: len(units)}), state
 
-    @staticmethod
     def class_gradients(
-        task: HeadTask, units: UnitFeatures, weight: Tensor, layout: ClassGradients, options: Clip2flConfig
+        self, settings: RunSettings, features: SiteFeatures, inputs: Mapping[str, Tensor], units: UnitFeatures
     ) -> Vector:
-        """The sum of units' class gradients in unit features a, at the classifier W on √d·a; each of C_g at most."""
-        inputs = _inputs(task, units)
-        shown = inputs @ span_basis(task.prior).T if options.project else inputs
-        scaled = Classifier(np.asarray(weight, np.float64) * math.sqrt(task.spec.dimension))
-        return class_gradient_sum(inputs, units, scaled, layout, clip_norm=options.clip_norm, outer=shown)
+        """The sum of units' class gradients at the broadcast student and classifier; each of C_g at most."""
+        options, student, layout = settings.method.clip2fl, self.student(settings), self.layout(settings)
+        head = self.head(settings, features)
+        trained = {name: inputs[name] for name in self.spec(settings).shapes}
+        rows = student.rows(student.task(settings, head), trained, units)
+        shown = rows @ span_basis(head.prior).T if options.project else rows
+        scaled = np.asarray(inputs[_CLASSIFIER], np.float64) * student.scale(settings.encoder.dimension)
+        return class_gradient_sum(rows, units, Classifier(scaled), layout, clip_norm=options.clip_norm, outer=shown)
 
     def _training_task(
         self, settings: RunSettings, release: Release, inputs: Mapping[str, Tensor], state: SiteState
-    ) -> HeadTask:
+    ) -> Any:
         options = settings.method.clip2fl
-        task = AdapterDescent._training_task(self, settings, release, inputs, state)
         taught = Distillation(options.distillation, options.distillation_temperature)
-        return replace(task, objective=Objective(distillation=taught if options.distillation else None))
+        head = self.head(settings, release.features)
+        return self.student(settings).task(settings, head, taught if options.distillation else None)
 
     # --- what both halves compute alike from public numbers ---------------------------------------------------------
+
+    def student(self, settings: RunSettings) -> Linear:
+        """What the run trains."""
+        return STUDENTS[settings.method.clip2fl.student]
+
+    def inputs_of(self, settings: RunSettings) -> Inputs:
+        return self.student(settings).inputs
+
+    def spec(self, settings: RunSettings) -> AdapterSpec:
+        return self.student(settings).spec(settings)
+
+    def head(self, settings: RunSettings, features: SiteFeatures) -> HeadTask:
+        """Zero-shot with the run's constants: the texts that every student's classifier starts from."""
+        spec = AdapterSpec("linear", settings.encoder.dimension, len(settings.classes))
+        return HeadTask(spec, features.text, features.centre, self.temperature(settings, features))
+
+    def task(self, settings: RunSettings, features: SiteFeatures) -> Any:
+        """The student as sites evaluate and keep it; a HeadTask over features, a TowerTask over images."""
+        return self.student(settings).task(settings, self.head(settings, features))
+
+    def rate(self, settings: RunSettings, cohort: Cohort) -> tuple[float, float]:
+        if self.inputs_of(settings) == "features":
+            return AdapterDescent.rate(self, settings, cohort)
+        return cautious_rate(settings, self.plan(settings, cohort), longest=LONGEST, caution=CAUTION)
 
     def releases_at(self, settings: RunSettings, step: int) -> bool:
         """Whether round ``step`` asks for class gradients."""
         return step >= settings.method.rounds - settings.method.clip2fl.releases
 
     def layout(self, settings: RunSettings) -> ClassGradients:
-        """Of the class gradients; the residual head has no bias."""
+        """Of the class gradients."""
         classes, options = len(settings.classes), settings.method.clip2fl
         width = classes if options.project else settings.encoder.dimension
         return ClassGradients(classes, width, options.class_gradients, bias=False)
@@ -187,7 +218,7 @@ class FederatedFeatureDescent(AdapterDescent):
         """Refuse settings that do not go together.
 
         Raises:
-            ConfigError: FS-1017.
+            ConfigError: FS-1017, FS-1020.
         """
         options, classes, privacy = settings.method.clip2fl, len(settings.classes), settings.privacy
         largest = max(self.layout(settings).length, classes * options.features * settings.encoder.dimension)
@@ -208,6 +239,8 @@ class FederatedFeatureDescent(AdapterDescent):
                     f"ring of 32 bits, and at most {MAX_VALUES:,} values",
                     cure="mend [method.clip2fl], or set ring_bits = 32",
                 )
+        if self.inputs_of(settings) != "features":
+            check_images(settings)
 
     def _scale(self, settings: RunSettings) -> float:
         return settings.method.clip2fl.clip_norm / settings.privacy.max_grad_norm
@@ -216,22 +249,10 @@ class FederatedFeatureDescent(AdapterDescent):
         return np.zeros((len(settings.classes), settings.encoder.dimension), np.float32)
 
 
-def _inputs(task: HeadTask, units: UnitFeatures) -> Vector:
-    """(U, m, d) unit inputs of the head, as :func:`fedsecure.learning.modules.centred_inputs` has them."""
-    rows = unit_rows(np.asarray(units.features, np.float64))
-    return unit_rows(rows - task.centre) if task.centre.any() else rows
-
-
 def _contrast(options: Clip2flConfig) -> PrototypeContrast | None:
     if not options.contrast:
         return None
     return PrototypeContrast(options.contrast, options.contrast_temperature, options.negatives, options.reduction)
-
-
-def _as_residual(classifier: Classifier, task: HeadTask) -> Float32:
-    """D with τ·a·Pᵀ + a·Dᵀ = W·√d·a."""
-    weight = np.asarray(classifier.weight, np.float64) * math.sqrt(task.spec.dimension)
-    return np.asarray(weight - task.scale * task.prior, np.float32)
 
 
 METHOD = FederatedFeatureDescent(name="clip2fl", version="1", kind="linear")

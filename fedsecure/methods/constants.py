@@ -9,6 +9,7 @@ from fedsecure.config import RunSettings
 from fedsecure.learning.engines import EngineName, choose_engine
 from fedsecure.learning.features import Inputs, SiteFeatures, load_site_features, rows_for
 from fedsecure.learning.targets import read_target
+from fedsecure.methods.descent import AdapterDescent
 from fedsecure.methods.registry import load_training_method
 
 
@@ -40,7 +41,7 @@ def run_constants(
     if target is not None or alignment.at == "sites" or alignment.negatives > 0:
         features = with_target(settings, features, target)
     choose_engine(engine, method.task(settings, features))
-    inputs: Inputs = getattr(method, "inputs", "features")
+    inputs: Inputs = method.inputs_of(settings) if isinstance(method, AdapterDescent) else "features"
     return features if features.encoder is None else replace(features, rows=rows_for(inputs, features.encoder))
 
 

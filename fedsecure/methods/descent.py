@@ -21,7 +21,7 @@ from fedsecure.config import RunSettings
 from fedsecure.errors import ConfigError
 from fedsecure.learning.adapters import AdapterKind, AdapterSpec
 from fedsecure.learning.engines import clipped_sum, clipped_units
-from fedsecure.learning.features import SiteFeatures
+from fedsecure.learning.features import Inputs, SiteFeatures
 from fedsecure.learning.objective import CROSS_ENTROPY, Contrast, Objective
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
@@ -49,6 +49,7 @@ class AdapterDescent:
         contrast: μ of MOON's term; a site keeps its last adapter for it.
         local_only: why it runs with ``noise = "local"`` only; empty: it runs with either.
         aligns: whether it knows what to do with ``method.alignment``.
+        inputs: what its records are.
     """
 
     name: str
@@ -59,6 +60,7 @@ class AdapterDescent:
     contrast: float = 0.0
     local_only: str = ""
     aligns: ClassVar[bool] = False
+    inputs: ClassVar[Inputs] = "features"
 
     # --- the aggregator's half --------------------------------------------------------------------------------------
 
@@ -152,13 +154,22 @@ class AdapterDescent:
     def spec(self, settings: RunSettings) -> AdapterSpec:
         return AdapterSpec(kind=self.kind, dimension=settings.encoder.dimension, classes=len(settings.classes))
 
+    def inputs_of(self, settings: RunSettings) -> Inputs:
+        """What a site's records are."""
+        return self.inputs
+
     def task(self, settings: RunSettings, features: SiteFeatures) -> HeadTask:
         """The adapter with the run's constants, as sites train and evaluate it."""
+        temperature = self.temperature(settings, features)
+        return HeadTask(self.spec(settings), text=features.text, centre=features.centre, temperature=temperature)
+
+    def temperature(self, settings: RunSettings, features: SiteFeatures) -> float:
+        """τ of the logits with these texts."""
         _, cohort = cohort_of(settings, trainers_only=True)
         _, temperature = self.rate(settings, cohort)
-        if self.kind == "linear" and settings.method.temperature == "auto":
+        if self.spec(settings).kind in ("linear", "affine") and settings.method.temperature == "auto":
             temperature *= IMAGE_PRIOR if prior_of_images(features.text, features.centre) else 1.0
-        return HeadTask(spec=self.spec(settings), text=features.text, centre=features.centre, temperature=temperature)
+        return temperature
 
     def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
         """The run's privacy plan; the aggregator and every site compute the same.
@@ -181,7 +192,7 @@ class AdapterDescent:
     def rate(self, settings: RunSettings, cohort: Cohort) -> tuple[float, float]:
         """Learning rate and temperature, as set or by the predicted signal-to-noise."""
         rate, temperature = suggest(
-            self.kind,
+            self.spec(settings).kind,
             mu_total=self.plan(settings, cohort).sum_mu,
             units=sum(settings.declared_units().values()),
             classes=len(settings.classes),

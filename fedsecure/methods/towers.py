@@ -17,6 +17,7 @@ from fedsecure.learning.towers import TowerSpec
 from fedsecure.messages import SiteState
 from fedsecure.methods.base import Cohort, Release, Tensor
 from fedsecure.methods.descent import AdapterDescent
+from fedsecure.privacy.plan import PrivacyPlan
 
 if TYPE_CHECKING:
     from fedsecure.learning.task import HeadTask
@@ -58,19 +59,24 @@ class TowerDescent(AdapterDescent):
 
     def rate(self, settings: RunSettings, cohort: Cohort) -> tuple[float, float]:
         """Learning rate and temperature, as set or from public numbers."""
-        chosen, plan = settings.method, self.plan(settings, cohort)
-        signal = plan.sum_mu * sum(plan.units.values()) / math.sqrt(plan.parameters)
-        way = min(self.longest, self.caution * signal)
-        rate = way / (chosen.rounds * chosen.local_steps * settings.privacy.max_grad_norm)
-        return (
-            rate if chosen.learning_rate == "auto" else chosen.learning_rate,
-            TEMPERATURE if chosen.temperature == "auto" else chosen.temperature,
-        )
+        return cautious_rate(settings, self.plan(settings, cohort), longest=self.longest, caution=self.caution)
 
     def _training_task(
         self, settings: RunSettings, release: Release, inputs: Mapping[str, Tensor], state: SiteState
     ) -> Any:
         return self.task(settings, release.features)
+
+
+def cautious_rate(settings: RunSettings, plan: PrivacyPlan, *, longest: float, caution: float) -> tuple[float, float]:
+    """Learning rate and temperature, as set or by :class:`TowerDescent`'s rule."""
+    chosen = settings.method
+    signal = plan.sum_mu * sum(plan.units.values()) / math.sqrt(plan.parameters)
+    way = min(longest, caution * signal)
+    rate = way / (chosen.rounds * chosen.local_steps * settings.privacy.max_grad_norm)
+    return (
+        rate if chosen.learning_rate == "auto" else chosen.learning_rate,
+        TEMPERATURE if chosen.temperature == "auto" else chosen.temperature,
+    )
 
 
 def encoder_of(features: SiteFeatures) -> Encoder:

@@ -25,7 +25,10 @@ class PixelRows:
     Attributes:
         name, fingerprint: of their own, so that no row is ever taken for a feature.
         dimension: 3·s².
+        cached: not worth it.
     """
+
+    cached = False
 
     def __init__(self, encoder: Encoder) -> None:
         self._encoder = encoder
