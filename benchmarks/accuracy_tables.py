@@ -212,6 +212,7 @@ def tables(data: Path, out: Path) -> list[Table]:
 
     averaged = {"noises": ("local",), "rounds": 10, "local_steps": 5, "partitions": ("iid", SKEWS[0])}
     ucf_file, slices = data / "ucf101_clip_vitb32.npz", data / "brain-tumor"
+    scans = out / "scans"
     folders = {
         "--data": str(data / "brain-tumor"),
         "--origins": str(data / "brain-tumor" / "manifest.csv"),
@@ -333,6 +334,21 @@ def tables(data: Path, out: Path) -> list[Table]:
             "what the alignment with a public target is worth, generated scans of another site",
             (ImageAblation(Alignment(), out / "ablation-alignment"),),
             lines=lines,
+        ),
+        Table(
+            "scans-towers",
+            "generated scans, tiny CLIP, methods inside the towers and beside them",
+            (
+                *(
+                    Towers(scans, None, method, out / f"scans-{method}", (8.0, INF), 3, rounds=10)
+                    for method in ("promptfl", "lora")
+                ),
+                Example(
+                    {"--data": str(scans), "--method": "linear,facmic", "--epsilon": "8,inf", "--seeds": "3"},
+                    out / "scans-beside",
+                ),
+            ),
+            columns={"test": "accuracy raw", "balanced": "balanced accuracy raw"},
         ),
         Table(
             "brain-tumor-towers",

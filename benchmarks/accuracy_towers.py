@@ -1,13 +1,15 @@
-"""Methods inside CLIP's towers on FACMIC's brain-tumour slices: they need images, so they run apart from the others.
+"""Methods inside CLIP's towers on folders of images: they need images, so they run apart from the others.
 
-Division, common test and own tests are those of ``examples/facmic.py``: the slices a site trains on are named by a
-manifest, and a laid-out federation of images is simulated. Scores are those of the kept adapter on images.
+Division, common test and own tests are those of ``examples/facmic.py``: the images a site trains on are named by a
+manifest, and a laid-out federation of images is simulated. Scores are those of the kept adapter on images. The folders
+are FACMIC's brain-tumour slices, or generated scans of three made-up scanners and a common test from all three.
 """
 
 from __future__ import annotations
 
 import csv
 import io
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
 
 from fedsecure.config import DatasetConfig, EncoderConfig, PolicyConfig, SiteEntry, parse_settings
+from fedsecure.data.phantoms import CLASSES, SITES, generate
 from fedsecure.files import make_folder, write_whole
 from fedsecure.learning.evaluation import accuracy, balanced_accuracy
 from fedsecure.learning.inference import predict_images
@@ -30,21 +34,39 @@ MODEL, PRETRAINED = "fedsecure-tiny", "bundled"
 # Above what a run without privacy is charged.
 _UNLIMITED = 1e9
 Rows = Sequence[int] | npt.NDArray[np.int64]
+SCANNERS = ("site_a", "site_b", "site_c")
+
+
+def write_scans(folder: Path, *, per_class: int = 25, test_per_class: int = 34) -> Path:
+    """``folder/<scanner>/<class>`` and ``folder/test/<class>``, where they are not there yet; returns the folder."""
+    if folder.exists():
+        return folder
+    making = folder.with_name(f"{folder.name}.part")
+    shutil.rmtree(making, ignore_errors=True)
+    for index, scanner in enumerate(SCANNERS):
+        for name, count, seed in ((scanner, per_class, index), ("test", test_per_class, 100 + index)):
+            images, labels = generate(count, seed=seed, acquisition=SITES[scanner])
+            for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+                target = make_folder(making / name / CLASSES[label])
+                Image.fromarray(image).save(target / f"{scanner}-{number:04d}.png")
+    making.rename(folder)
+    return folder
 
 
 @dataclass(frozen=True, slots=True)
 class Towers:
-    """Runs of one method on the slices, as a part of a table.
+    """Runs of one method, as a part of a table.
 
     Attributes:
-        data, origins: folder of sites, and the image each file was made from.
+        data: folder of sites; generated scans where it is not there.
+        origins: the image each file was made from, where a table says.
         method: promptfl or lora.
         out: folder of finished runs.
         epsilons, seeds, rounds: ε, number of seeds, and rounds.
     """
 
     data: Path
-    origins: Path
+    origins: Path | None
     method: str
     out: Path
     epsilons: tuple[float, ...]
@@ -56,7 +78,7 @@ class Towers:
         return len(self.epsilons) * self.seeds
 
     def run(self, watch: Callable[[Step], None]) -> list[dict[str, Any]]:
-        division = divide_folders(self.data, origins=self.origins)
+        division = divide_folders(write_scans(self.data), origins=self.origins)
         if not self._federation.exists():
             self._lay_out(division)
         return [self._scored(row, division) for row in simulate(self._options, watch=watch)["rows"]]
@@ -110,7 +132,7 @@ class Towers:
             model=MODEL, pretrained=PRETRAINED, dimension=encoder.dimension, fingerprint=encoder.fingerprint
         )
         content = {
-            "name": "slices",
+            "name": "towers",
             "classes": division.classes,
             "encoder": pinned.model_dump(),
             "privacy": {
