@@ -79,6 +79,11 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--noise", default="distributed", help="distributed, local, or both with a comma")
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument(
+        "--private-student",
+        choices=("linear", "features", "resnet8"),
+        help="of the method clip2fl; default: --students",
+    )
     parser.add_argument("--private-rounds", type=int, help="of the private methods")
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
     parser.add_argument("--out", type=Path, default=Path("clip2fl-results"))
@@ -204,7 +209,8 @@ def run_privately(
 ) -> list[dict[str, Any]]:
     """Rows of an installed method on a seed's records, each a whole run of ``fedsecure simulate``."""
     folder = options.out / "private" / name / f"seed-{seed}"
-    layout = lay_out_experiment(tail.experiment, folder / "layout", method=name, delta=options.delta)
+    student = {"clip2fl": {"student": options.private_student or options.students}} if name == "clip2fl" else {}
+    layout = lay_out_experiment(tail.experiment, folder / "layout", method=name, delta=options.delta, settings=student)
     chosen = SimulationOptions(
         out=folder / "runs",
         federation=layout,

@@ -224,11 +224,20 @@ def from_pool(pool: Pool, names: Sequence[str], *, partition: str, seed: int, tr
     )
 
 
-def lay_out_experiment(experiment: Experiment, folder: Path, *, method: str, delta: float) -> Path:
+def lay_out_experiment(
+    experiment: Experiment, folder: Path, *, method: str, delta: float, settings: Mapping[str, Any] | None = None
+) -> Path:
     """The same records as a federation on disk for ``simulate``; an earlier layout in ``folder`` is replaced.
 
     Training sites hold their training records and evaluate nothing; the site ``test`` holds the whole common test,
     declared public. Their policies allow ``method``, with and without privacy.
+
+    Args:
+        experiment: the records.
+        folder: of the layout.
+        method: what the sites allow; the simulation chooses it, and its rounds.
+        delta: δ.
+        settings: further keys of ``[method]``.
 
     Returns:
         the path of ``federation.toml``.
@@ -287,13 +296,13 @@ def lay_out_experiment(experiment: Experiment, folder: Path, *, method: str, del
             "spare_attempts": 0,
             "minimum_signal_to_noise": 0.0,
         },
+        "method": dict(settings or {}),
         "rounds": {"phase_seconds": 300.0, "silence_seconds": 300.0, "start_seconds": 300.0},
         "sites": {name: entry.model_dump() for name, entry in entries.items()},
     }
-    settings = parse_settings(content, folder)
     return lay_out(
         folder / "federation",
-        settings,
+        parse_settings(content, folder),
         sites=plans,
         listen="memory:0",
         hosts=("localhost",),
