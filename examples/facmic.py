@@ -35,8 +35,8 @@ from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, list
 from fedsecure.simulation.tables import epsilon_text, write_results
 
 METHODS = (
-    "facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck", "fedfocal", "fedavg", "fedprox", "moon",
-    "local-only-linear",
+    "facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck", "fedfocal", "probe", "fedavg", "fedprox",
+    "moon", "local-only-linear",
 )  # fmt: skip
 REASON = "to compare with, on data whose user declares them public"
 REPORTED = "Reported in the paper (ViT-B/16 or B/32, best or last round unknown): BT 82.74, SC 58.47, Real 72.37 %."

@@ -67,6 +67,7 @@ class PolicyConfig(Section):
         "fedclip",
         "bottleneck",
         "fedfocal",
+        "probe",
         "fedavg",
         "fedprox",
         "moon",
