@@ -38,6 +38,7 @@ from fedsecure.simulation.clip2fl import (
     scores_of_adapter,
 )
 from fedsecure.simulation.folders import lay_out_experiment
+from fedsecure.simulation.image_layout import lay_out_images
 from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
 from fedsecure.simulation.reference import check_consent
 from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, listed, numbers, open_results, simulate
@@ -209,8 +210,14 @@ def run_privately(
 ) -> list[dict[str, Any]]:
     """Rows of an installed method on a seed's records, each a whole run of ``fedsecure simulate``."""
     folder = options.out / "private" / name / f"seed-{seed}"
-    student = {"clip2fl": {"student": options.private_student or options.students}} if name == "clip2fl" else {}
-    layout = lay_out_experiment(tail.experiment, folder / "layout", method=name, delta=options.delta, settings=student)
+    student = options.private_student or options.students if name == "clip2fl" else "linear"
+    how: Any = {"method": name, "delta": options.delta, "settings": {"clip2fl": {"student": student}}}
+    if student == "resnet8":
+        how["settings"]["clip2fl"]["width"] = options.width
+        weights = Path(options.pretrained) if Path(options.pretrained).is_file() else None
+        layout = lay_out_images(tail, folder / "layout", weights=weights, **how)
+    else:
+        layout = lay_out_experiment(tail.experiment, folder / "layout", **how)
     chosen = SimulationOptions(
         out=folder / "runs",
         federation=layout,

@@ -25,6 +25,9 @@ from fedsecure.simulation.reference import check_consent
 from fedsecure.simulation.simulate import read_row, write_row
 
 if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from fedsecure.learning.artefact import Adapter
     from fedsecure.learning.clip2fl_reference import Branch, Records, Retrained, Schedule, Trunk
     from fedsecure.learning.federated_features import PrototypeContrast
     from fedsecure.simulation.longtail import LongTail, Pixels
@@ -191,8 +194,25 @@ def scores_of_adapter(tail: LongTail, file: Path) -> dict[str, float | None]:
     from fedsecure.learning.artefact import load_adapter
 
     adapter = load_adapter(file)
-    found, _ = adapter.predict(tail.source.test.features, fingerprint=adapter.metadata.fingerprint)
+    if adapter.inputs == "thumbnails":
+        found, _ = _of_images(tail, adapter)
+    else:
+        found, _ = adapter.predict(tail.source.test.features, fingerprint=adapter.metadata.fingerprint)
     return tail.scores(found)
+
+
+def _of_images(tail: LongTail, adapter: Adapter) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """What a student of small images says of the test set."""
+    from fedsecure.learning.evaluation import predict
+    from fedsecure.learning.student_module import resnet8_task
+    from fedsecure.learning.students import normalise
+    from fedsecure.learning.towers import TowerSpec
+
+    assert tail.source.pixels is not None, "such a student has been trained on these images"
+    assert isinstance(adapter.spec, TowerSpec)
+    pixels = normalise(tail.source.pixels["test"]).flatten(1).numpy()
+    rows = np.concatenate([pixels, tail.source.test.features], axis=1)
+    return predict(resnet8_task(adapter.spec, head=adapter.zero_shot), adapter.tensors, rows)
 
 
 def _row(

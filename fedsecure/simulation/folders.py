@@ -252,6 +252,49 @@ def lay_out_experiment(
         public["mean"] = experiment.mean
     test = next(iter(experiment.tests.values()))
     digest = experiment.digest[:16]
+    sections: dict[str, tuple[DatasetConfig, int]] = {}
+    for name, part, split in (*((site, p, "train") for site, p in experiment.train.items()), ("test", test, "test")):
+        file = records / f"{name}.npz"
+        arrays: dict[str, Any] = {**public, f"{split}_x": part.features, f"{split}_y": part.labels}
+        np.savez(file, **arrays)
+        training = split == "train"
+        # The name carries the records' hash, so that other records are other cells.
+        section = DatasetConfig(name=f"{name}-{digest}", path=file, format="features", split=split, public=not training)
+        sections[name] = (section, len(part))
+    header = read_feature_header(records / "test.npz")
+    encoder = EncoderConfig(
+        model="features", pretrained="file", dimension=header.dimension, fingerprint=header.fingerprint
+    )
+    files = {name: section.path for name, (section, _) in sections.items()}
+    return lay_out_sections(
+        sections, folder, classes=experiment.classes, encoder=encoder, files=files, method=method, delta=delta,
+        settings=settings,
+    )  # fmt: skip
+
+
+def lay_out_sections(
+    sections: Mapping[str, tuple[DatasetConfig, int]],
+    folder: Path,
+    *,
+    classes: Sequence[str],
+    encoder: EncoderConfig,
+    files: Mapping[str, Path | None],
+    method: str,
+    delta: float,
+    settings: Mapping[str, Any] | None = None,
+) -> Path:
+    """Data sets that are on disk as a federation: public ones are evaluated on, by sites of their own.
+
+    Args:
+        sections: site → its data set, and the number of its records.
+        folder: of the layout.
+        classes: in label order.
+        encoder: of the run.
+        files: site → its ``encoder_file``; the aggregator gets that of ``test``.
+        method, delta, settings: as for :func:`lay_out_experiment`.
+
+    Returns, raises: as :func:`lay_out_experiment`.
+    """
     policy = PolicyConfig(
         max_epsilon=_UNLIMITED,
         delta=delta,
@@ -262,32 +305,22 @@ def lay_out_experiment(
     )
     entries: dict[str, SiteEntry] = {}
     plans: dict[str, SitePlan] = {}
-    for name, part, split in (*((site, p, "train") for site, p in experiment.train.items()), ("test", test, "test")):
-        file = records / f"{name}.npz"
-        arrays: dict[str, Any] = {**public, f"{split}_x": part.features, f"{split}_y": part.labels}
-        np.savez(file, **arrays)
-        training = split == "train"
-        # The name carries the records' hash, so that other records are other cells.
-        section = DatasetConfig(name=f"{name}-{digest}", path=file, format="features", split=split, public=not training)
+    for name, (section, count) in sections.items():
         entries[name] = SiteEntry(
-            role="train" if training else "evaluate",
-            max_units=len(part) if training else 0,
-            evaluation_units=0 if training else len(part),
-            evaluation_public=not training,
+            role="evaluate" if section.public else "train",
+            max_units=0 if section.public else count,
+            evaluation_units=count if section.public else 0,
+            evaluation_public=section.public,
         )
         plans[name] = SitePlan(
-            train=section if training else None,
-            evaluation=None if training else section,
+            train=None if section.public else section,
+            evaluation=section if section.public else None,
             policy=policy,
-            encoder_file=file,
+            encoder_file=files[name],
         )
-    header = read_feature_header(records / "test.npz")
-    encoder = EncoderConfig(
-        model="features", pretrained="file", dimension=header.dimension, fingerprint=header.fingerprint
-    )
     content = {
         "name": "experiment",
-        "classes": experiment.classes,
+        "classes": tuple(classes),
         "encoder": encoder.model_dump(),
         "privacy": {
             "unit": "record",
@@ -306,7 +339,7 @@ def lay_out_experiment(
         sites=plans,
         listen="memory:0",
         hosts=("localhost",),
-        encoder_file=records / "test.npz",
+        encoder_file=files["test"],
     ).federation
 
 

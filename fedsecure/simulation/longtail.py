@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from fedsecure.config import EncoderConfig
 from fedsecure.data.cifar import is_cifar, read_cifar, read_image_list, read_pixels
 from fedsecure.data.dataset import Dataset, Subset
 from fedsecure.data.images import ImageFiles, list_class_tree
@@ -44,6 +45,7 @@ class Source:
         train, test: features and labels.
         public: labelled records declared public: for choosing settings, for FedDF and for the Ratio Loss.
         pixels: ``train``, ``test`` and ``public`` as uint8 (n, 3, 32, 32), or None where only features are there.
+        encoder: that made the features, where there are pixels.
     """
 
     classes: tuple[str, ...]
@@ -54,6 +56,7 @@ class Source:
     test: Part
     public: Part
     pixels: Mapping[str, Pixels] | None = None
+    encoder: EncoderConfig | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -189,6 +192,13 @@ def from_images(
         test=parts["test"],
         public=parts["public"],
         pixels={split: read_pixels(records) for split, records in splits.items()},
+        encoder=EncoderConfig(
+            model=model,
+            pretrained="file" if Path(pretrained).is_file() else pretrained,
+            prompt=PROMPT,
+            dimension=encoder.dimension,
+            fingerprint=encoder.fingerprint,
+        ),
     )
 
 

@@ -160,6 +160,20 @@ def test_images(example: ModuleType, tmp_path: Path) -> None:
     assert example.main(given) == 0
     with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
         assert [row["method"] for row in csv.DictReader(stream)] == ["fedavg", "clip2fl-published"]
+    # The same network inside the private federation, from the same command.
+    private = [*given[: given.index("--epsilon")], "--epsilon", "8", "--method", "clip2fl", "--private-rounds", "1"]
+    assert example.main([*private, "--imbalance", "2"]) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        (row,) = csv.DictReader(stream)
+    assert (row["method"], float(row["epsilon_spent"]) <= 8) == ("clip2fl", True)
+    # What the federation counted on the test site is what the kept student scores.
+    assert float(row["all"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
+
+
+def test_a_student_of_images_wants_images(example: ModuleType, file: Path, tmp_path: Path, capsys: Any) -> None:
+    given = ["--features", str(file), "--train", "train,val", "--out", str(tmp_path / "out"), "--epsilon", "8", *SHORT]
+    assert example.main([*given, "--method", "clip2fl", "--private-student", "resnet8"]) == 1
+    assert "FS-1021" in capsys.readouterr().err
 
 
 def test_lists_of_images_as_they_are(tmp_path: Path) -> None:
