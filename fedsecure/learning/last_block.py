@@ -176,8 +176,7 @@ def _build(visual: Any, head: HeadTask, parameters: Mapping[str, Any]) -> LastBl
     with torch.random.fork_rng(devices=[]):
         block = LastBlock(visual, head=head).to(visual.proj.device, torch.float64)
     trained = [(name, value) for name, value in block.named_parameters() if value.requires_grad]
-    # Off the wire and out of files tensors come in the order of their names.
-    load_exactly(trained, {name: parameters[name] for name, _ in trained if name in parameters} | dict(parameters))
+    load_exactly(trained, dict(parameters))
     own = pretrained(visual)
     with torch.no_grad():
         for name, parameter in trained:

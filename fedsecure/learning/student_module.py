@@ -100,9 +100,7 @@ def _build(head: HeadTask, spec: TowerSpec, teaches: bool, parameters: Mapping[s
     named = dict(student.named_parameters())
     named["body.D"] = named.pop("residual.weight")
     trained = {name.removeprefix("body."): value for name, value in named.items()}
-    # Off the wire and out of files tensors come in the order of their names.
-    ordered = {name: parameters[name] for name in trained if name in parameters}
-    load_exactly(list(trained.items()), ordered | dict(parameters))
+    load_exactly(list(trained.items()), dict(parameters))
     return student
 
 

@@ -62,23 +62,23 @@ def record_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def load_exactly(parameters: Sequence[tuple[str, nn.Parameter]], values: dict[str, Any]) -> None:
-    """Copy values into parameters of the same names, shapes and order, and read them back.
+    """Copy values into parameters of the same names and shapes, and read them back.
 
     Torch and PEFT both pass over tensors whose names do not fit, for instance those that were saved from a wrapped
     module: training would go on from the initial values, and nobody would notice (Opacus issue 820).
 
     Args:
         parameters: (name in the task, parameter) in the module's order.
-        values: name → array or tensor.
+        values: name → array or tensor, in any order: off the wire and out of files they come in that of their names.
 
     Raises:
-        ModelError: FS-1672 when names, order or shapes differ, or a value read back is not the one that was written.
+        ModelError: FS-1672 when names or shapes differ, or a value read back is not the one that was written.
     """
-    found = [(name, tuple(value.shape)) for name, value in values.items()]
-    expected = [(name, tuple(parameter.shape)) for name, parameter in parameters]
+    found = {name: tuple(value.shape) for name, value in values.items()}
+    expected = {name: tuple(parameter.shape) for name, parameter in parameters}
     if found != expected:
-        odd = [pair for pair in found if pair not in expected] or [pair for pair in expected if pair not in found]
-        raise _corrupt(f"tensors that do not fit the module: {(odd or found)!s:.160}")
+        odd = dict(found.items() - expected.items()) or dict(expected.items() - found.items())
+        raise _corrupt(f"tensors that do not fit the module: {odd!s:.160}")
     with torch.no_grad():
         for name, parameter in parameters:
             given = values[name]

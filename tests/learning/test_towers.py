@@ -181,10 +181,12 @@ def test_branches_survive_a_reload_bit_for_bit_and_misnamed_ones_are_refused(enc
     lost: Any = task.build(task.spec.initial(b"other"))
     lost.load_state_dict({f"_module.{k}": v for k, v in tower.state_dict().items()}, strict=False)
     assert not torch.equal(lost.branches()[0][1], tower.branches()[0][1])
-    swapped = dict(reversed(kept.items()))
+    # A tower of eleven layers comes off the wire in another order than its module's: 10 stands before 2.
+    swapped: Any = task.build(dict(reversed(kept.items())))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(tower.branches(), swapped.branches(), strict=True))
     short = dict(list(kept.items())[1:])
     broken = kept | {"0.c_fc.A": np.full_like(kept["0.c_fc.A"], np.nan)}
-    for bad in (wrapped, swapped, short, broken):
+    for bad in (wrapped, short, broken):
         with pytest.raises(ModelError, match="FS-1672"):
             task.build(bad)
 
