@@ -210,6 +210,7 @@ def tables(data: Path, out: Path) -> list[Table]:
         options = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=SEEDS, partitions=partition)
         return Alone("local-only-linear", options)
 
+    three = {"sites": 3, "min_survivors": 3}
     averaged = {"noises": ("local",), "rounds": 10, "local_steps": 5, "partitions": ("iid", SKEWS[0])}
     ucf_file, slices = data / "ucf101_clip_vitb32.npz", data / "brain-tumor"
     scans = out / "scans"
@@ -247,7 +248,7 @@ def tables(data: Path, out: Path) -> list[Table]:
                 caltech("iid"),
                 caltech("skew", partitions=(SKEWS[0], SKEWS[2])),
                 caltech("local", noises=("local",), partitions=("iid", SKEWS[0])),
-                caltech("three", sites=3, min_survivors=3),
+                caltech("three", **three),
             ),
             label=("sites", "noise", "partition"),
         ),
@@ -278,9 +279,10 @@ def tables(data: Path, out: Path) -> list[Table]:
             "ucf101-skew",
             "UCF101 features, five sites: skew of labels and sizes, distributed and local noise",
             (
-                ucf("iid", "linear", epsilons=FEW),
+                ucf("iid", "linear"),
                 ucf("skew", "linear", epsilons=FEW, partitions=SKEWS),
-                ucf("local", "linear", epsilons=FEW, partitions=("iid", *SKEWS), noises=("local",)),
+                ucf("local", "linear", noises=("local",)),
+                ucf("local", "linear", epsilons=FEW, partitions=SKEWS, noises=("local",)),
                 ucf("iid", "facmic", epsilons=(8.0,), seeds=1),
                 ucf("skew", "facmic", epsilons=(8.0,), seeds=1, partitions=(SKEWS[0], SKEWS[2])),
                 by_itself("iid"),
@@ -301,8 +303,13 @@ def tables(data: Path, out: Path) -> list[Table]:
         ),
         Table(
             "ucf101-three-sites",
-            "UCF101 features, three sites, IID, distributed noise",
-            (ucf("three", "linear", sites=3, min_survivors=3),),
+            "UCF101 features, three sites",
+            (
+                ucf("three", "linear", **three),
+                ucf("three-skew", "linear", epsilons=FEW, partitions=SKEWS[:1], **three),
+                ucf("three-local", "linear", epsilons=FEW, partitions=("iid", SKEWS[0]), noises=("local",), **three),
+            ),
+            label=("noise", "partition"),
         ),
         Table(
             "ucf101-iid",
