@@ -66,13 +66,8 @@ class Coordinator:
     # --- calls of the sites -------------------------------------------------------------------------------------------
 
     def join(self, site: str, request: pb.JoinRequest, now: float) -> pb.JoinReply:
-        """Open a session.
-
-        Raises:
-            IdentityError: FS-1451 not in this run, FS-1452 another roster.
-            TransportError: FS-1503 another protocol version, FS-1509 a session of another size.
-            RunError: FS-1703 the identity already has a live session.
-        """
+        """Open a session; raises as :func:`~fedsecure.aggregator.admission.admit`, and RunError FS-1703 where the
+        identity has a live session already."""
         admit(site, request, settings=self.settings, roster=self._identity.roster)
         if self.sessions.open(site, request.session, now) and self._ended is not None:
             self.sessions.tell(site, finished=self._ended)
@@ -178,6 +173,7 @@ class Coordinator:
             "steps": self.config.method.rounds,
             "phase": self._attempt.phase.name.lower() if self._attempt else "joining",
             "sites": {site: self.sessions.alive(site, now) for site in sorted(self.settings.sites)},
+            "presence": {site: self.sessions.presence(site, now) for site in sorted(self.settings.sites)},
             "waiting": self.reason(now),
             "outcome": self.outcome,
         }

@@ -137,12 +137,16 @@ class Sessions:
 
     def last_seen(self, site: str, now: float) -> str:
         """When a site was heard of, in words."""
+        return f"{site} {self.presence(site, now)}"
+
+    def presence(self, site: str, now: float) -> str:
+        """The same without the site's name."""
         session = self._sessions.get(site)
         if session is None:
-            return f"{site} not seen yet"
+            return "not seen yet"
         if session.leaving:
-            return f"{site} left with {session.leaving}"
-        return f"{site} last heard {now - session.heard:.0f} s ago"
+            return f"left with {session.leaving}"
+        return f"last heard {now - session.heard:.0f} s ago"
 
     # --- what they are told -----------------------------------------------------------------------------------------
 

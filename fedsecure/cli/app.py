@@ -12,6 +12,7 @@ from fedsecure.cli.duplicates import duplicates
 from fedsecure.cli.records import audit, budget, report, transcript
 from fedsecure.cli.running import demo, init, join, plan, serve, simulate
 from fedsecure.cli.using import evaluate, predict
+from fedsecure.cli.watching import status, top
 from fedsecure.errors import FedsecureError
 
 app = typer.Typer(
@@ -22,7 +23,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for command in (demo, simulate, duplicates, plan, serve, join, doctor, init, predict, evaluate, audit):
+for command in (demo, simulate, duplicates, plan, serve, status, top, join, doctor, init, predict, evaluate, audit):
     app.command()(command)
 for name, group in (("budget", budget), ("transcript", transcript), ("report", report)):
     app.add_typer(group, name=name)

@@ -44,7 +44,7 @@ def set_up_logging() -> None:
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
 
 
-def _table(title: str | None, *columns: str) -> Table:
+def new_table(title: str | None, *columns: str) -> Table:
     """Names at the left, which fold where they are too long; numbers aligned at the right, never broken."""
     table = Table(title=title, title_justify="left", title_style="bold", header_style="bold", box=box.SIMPLE_HEAD)
     table.pad_edge = False
@@ -54,7 +54,7 @@ def _table(title: str | None, *columns: str) -> Table:
     return table
 
 
-def _facts(title: str, rows: Iterable[tuple[str, str]]) -> Table:
+def side_by_side(title: str | None, rows: Iterable[tuple[str, str]]) -> Table:
     """Labels and values, side by side."""
     table = Table(title=title, title_justify="left", title_style="bold", box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim", no_wrap=True)
@@ -129,11 +129,11 @@ def show_recommendation(found: Recommendation) -> None:
 def show_demo(result: DemoResult) -> None:
     """The tables a demo ends with."""
     summary = result.summary
-    scores = _table("Global accuracy", "", "zero-shot", "trained")
+    scores = new_table("Global accuracy", "", "zero-shot", "trained")
     for label, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy")):
         scores.add_row(label, _percent(summary[key]["before"]), _percent(summary[key]["after"]))
     out.print(scores)
-    sites = _table("Sites", "site", f"ε at δ = {summary['delta']:g}", "evaluation ε", "sent", "received")
+    sites = new_table("Sites", "site", f"ε at δ = {summary['delta']:g}", "evaluation ε", "sent", "received")
     for site in summary["sites"]:
         if site in summary["lost_sites"]:
             sites.add_row(site, "lost on the way", "–", "–", "–")
@@ -164,7 +164,7 @@ def show_demo(result: DemoResult) -> None:
         ),
         ("processes", f"{summary['processes']}, {summary['wall_seconds']:.1f} s"),
     ]
-    out.print(_facts("Run", rows))
+    out.print(side_by_side("Run", rows))
     out.print()
     _say(f"privacy report  {summary['page']}")
     _say(f"                {summary['report']}")
@@ -173,7 +173,7 @@ def show_demo(result: DemoResult) -> None:
 
 def show_outcome(outcome: Mapping[str, Any]) -> None:
     """What the aggregator learned."""
-    table = _table(f"Run {outcome['run'][:8]}: {outcome['rounds']} rounds", "", "accuracy", "balanced")
+    table = new_table(f"Run {outcome['run'][:8]}: {outcome['rounds']} rounds", "", "accuracy", "balanced")
     for stage, facts in outcome["evaluations"].items():
         table.add_row(stage, _percent(facts["accuracy"]), _percent(facts["balanced_accuracy"]))
     if outcome["evaluations"]:
@@ -186,7 +186,7 @@ def show_outcome(outcome: Mapping[str, Any]) -> None:
 
 def show_plan(plan: PrivacyPlan) -> None:
     """The plan, before any record is read."""
-    err.print(_facts("Privacy plan of this run", plan.table()))
+    err.print(side_by_side("Privacy plan of this run", plan.table()))
 
 
 def show_site_report(report: Mapping[str, Any], *, folder: Path) -> None:
@@ -206,7 +206,7 @@ def show_site_report(report: Mapping[str, Any], *, folder: Path) -> None:
         rows.append(("global accuracy", ", ".join(shown) or "–"))
     if report["stamp"]:
         rows.append(("stamp", report["stamp"]))
-    out.print(_facts(f"Site {report['site']}", rows))
+    out.print(side_by_side(f"Site {report['site']}", rows))
     out.print()
     _say(f"privacy-report.json and adapter.safetensors are in {_short(folder)}")
 
@@ -230,7 +230,7 @@ def show_predictions(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def show_evaluation(result: Mapping[str, Any]) -> None:
-    table = _table(f"{result['records']} records", "", "zero-shot", "adapter")
+    table = new_table(f"{result['records']} records", "", "zero-shot", "adapter")
     for label, key in (("accuracy", "accuracy"), ("balanced accuracy", "balanced_accuracy")):
         table.add_row(label, _percent(result["zero_shot"][key]), _percent(result["adapter"][key]))
     table.add_section()
@@ -244,7 +244,7 @@ def show_budget(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
     if not rows:
         _say("nothing has been charged")
         return
-    table = _table(
+    table = new_table(
         f"Privacy budgets at δ = {delta:g}", "data set", "units", "spent ε", "limit ε", "left ε", "charges", "fit more"
     )
     table.columns[0].min_width = 12
@@ -332,16 +332,18 @@ _LAYERS = {
 
 def show_audit(result: AuditResult) -> None:
     """Facts, the tests of each layer with their limits, the attack's figures, and the verdict."""
-    out.print(_facts("Audit", [(label, str(value)) for label, value in result.facts.items()]))
+    out.print(side_by_side("Audit", [(label, str(value)) for label, value in result.facts.items()]))
     rows = result.table()
     for layer, title in _LAYERS.items():
         out.print()
-        table = _table(title, "test", "found", "limit", "")
+        table = new_table(title, "test", "found", "limit", "")
         for _, name, found, limit, verdict in (row for row in rows if row[0] == layer):
             table.add_row(name, found, limit, verdict, style="bold red" if verdict == "FAIL" else None)
         out.print(table)
     if result.memberships:
-        table = _table("C, membership: an attack's figures, and no test", "trained", "AUC", "found at 1 %", "at 0.1 %")
+        table = new_table(
+            "C, membership: an attack's figures, and no test", "trained", "AUC", "found at 1 %", "at 0.1 %"
+        )
         for attack in result.memberships:
             table.add_row(attack.subject, f"{attack.auc:.3f}", _percent(attack.tpr_at_1), _percent(attack.tpr_at_01))
         out.print(table)

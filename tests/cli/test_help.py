@@ -116,6 +116,7 @@ def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
         "fedsecure.cli.records",
         "fedsecure.cli.running",
         "fedsecure.cli.using",
+        "fedsecure.cli.watching",
         "fedsecure.errors",
     }
 
