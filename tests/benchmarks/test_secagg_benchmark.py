@@ -58,6 +58,7 @@ def test_the_masks_alone(stub: Path) -> None:
     assert set(json.loads(done.stdout)) == {"mask"}
 
 
+@pytest.mark.slow
 def test_a_hundred_sites_keep_the_bound_on_bytes() -> None:
     """What comes on top of the vector does not grow with it, so that a short vector shows it for long ones."""
     program = """

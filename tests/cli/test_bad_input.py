@@ -215,6 +215,7 @@ def test_what_a_site_cannot_read_reaches_the_user_and_the_earlier_result_stays(
     assert sorted(p.name for p in tmp_path.iterdir()) == ["demo", "spoiled.npz"]
 
 
+@pytest.mark.slow
 def test_an_unreadable_image_is_named_with_its_site(command: Command, tmp_path: Path, hospitals: Path) -> None:
     broken = hospitals / "site_c" / "solid_mass" / "0002.png"
     assert broken.exists()

@@ -63,6 +63,7 @@ def check(result: dict[str, Any], *, sites: int, out: Path, adapter: str = "line
     }
 
 
+@pytest.mark.slow
 def test_the_demo_and_the_use_of_its_result(tmp_path: Path, command: Command) -> None:  # noqa: F811
     out = tmp_path / "demo"
     result = demo(out=out)

@@ -51,6 +51,7 @@ def test_the_aggregator_never_loads_torch_and_stays_small(deploy: Any) -> None:
     assert all(deployment.wait(name) == 0 for name in deployment.world.names)
 
 
+@pytest.mark.slow
 def test_killing_one_of_five_in_the_middle_of_a_round_does_not_lose_it(deploy: Any) -> None:
     deployment = deploy(sites=5, rounds=150)
     deployment.serve()

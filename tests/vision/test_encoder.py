@@ -268,6 +268,7 @@ class TestPretraining:
             assert (tmp_path / name).read_bytes() == (tiny_clip.FOLDER / name).read_bytes()
         assert json.loads((tmp_path / tiny_clip.CONFIG_FILE).read_text())["embed_dim"] == 64
 
+    @pytest.mark.slow
     def test_a_short_run_is_reproducible_and_loads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         import open_clip
 
