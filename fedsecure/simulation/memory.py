@@ -101,7 +101,11 @@ def run_in_memory(
             failed.set()
 
     # They read signatures with `ast` while they are imported, which two threads cannot do at once (data.features).
-    modules = ("torch",) if config.encoder.model == "features" else ("torch", "open_clip", "opacus")
+    modules = ["torch"]
+    if config.encoder.model != "features":
+        modules += ["open_clip", "opacus"]
+    elif any(site.engine == "opacus" for site in sites.values()):
+        modules += ["opacus"]
     require(*modules)
     for module in modules:
         import_module(module)
