@@ -14,6 +14,7 @@ _EXTRA = {
     "jinja2": "report",
     "matplotlib": "report",
     "peft": "lora",
+    "prometheus_client": "metrics",
 }
 
 

@@ -71,11 +71,7 @@ class Coordinator:
         admit(site, request, settings=self.settings, roster=self._identity.roster)
         if self.sessions.open(site, request.session, now) and self._ended is not None:
             self.sessions.tell(site, finished=self._ended)
-        return pb.JoinReply(
-            protocol=PROTOCOL,
-            run=self.run,
-            settings_json=self.settings.canonical(),
-        )
+        return pb.JoinReply(protocol=PROTOCOL, run=self.run, settings_json=self.settings.canonical())
 
     def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
         """The first directive after number ``after``, or None if there is nothing yet."""
@@ -374,6 +370,11 @@ class Coordinator:
         text = json.dumps(outcome, sort_keys=True)
         self._ended = pb.Finished(complete=outcome["complete"], summary_json=text, outputs=outputs)
         self.sessions.tell_all(finished=self._ended)
+
+    @property
+    def attempts(self) -> list[dict[str, Any]]:
+        """All attempts that are over, as the summary has them."""
+        return self._account.attempts
 
     def write_status(self, now: float) -> None:
         """Refresh ``status.json``."""

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.aggregator.metrics import Metrics
 from fedsecure.aggregator.service import start
 from fedsecure.config import FederationConfig
 from fedsecure.errors import RunError
@@ -44,14 +45,27 @@ async def _serve(config: FederationConfig, announce: Announce, watch: Watch) -> 
     make_folder(config.state)
     run = os.urandom(16)
     coordinator = Coordinator(config, identity, run=run, now=time.monotonic())
-    server, service, port = await start(coordinator, identity, config.listen)
+    metrics = Metrics(run.hex()) if config.metrics else None
+    answering = metrics.serve(config.metrics) if metrics else None
+    try:
+        server, service, port = await start(coordinator, identity, config.listen)
+    except BaseException:
+        if answering:
+            answering.close()
+        raise
     address = f"{config.listen.rpartition(':')[0]}:{port}"
     write_whole(config.state / "address", address.encode())
     announce(address, run)
 
+    def look() -> None:
+        status = coordinator.status(time.monotonic())
+        watch(status)
+        if metrics:
+            metrics.update(status, coordinator.attempts)
+
     async def show() -> None:
         while True:
-            watch(coordinator.status(time.monotonic()))
+            look()
             await asyncio.sleep(0.25)
 
     main, shown = asyncio.create_task(service.run()), asyncio.create_task(show())
@@ -69,8 +83,10 @@ async def _serve(config: FederationConfig, announce: Announce, watch: Watch) -> 
         ) from None
     finally:
         shown.cancel()
-        watch(coordinator.status(time.monotonic()))
+        look()
         await server.stop(grace=0.5)
+        if answering:
+            answering.close()
     outcome = coordinator.outcome
     assert outcome is not None
     if not outcome["complete"]:

@@ -229,7 +229,7 @@ class RunSettings(Section):
 
 
 # What of ``federation.toml`` is the aggregator's own and no part of the run.
-AGGREGATOR_KEYS = {"listen", "state", "identity", "encoder_file", "target_file"}
+AGGREGATOR_KEYS = {"listen", "metrics", "state", "identity", "encoder_file", "target_file"}
 
 
 class FederationConfig(RunSettings):
@@ -237,6 +237,7 @@ class FederationConfig(RunSettings):
 
     Attributes:
         listen: ``host:port``; port 0 takes a free one and prints it.
+        metrics: ``host:port`` on which Prometheus may ask for metrics, without TLS; empty for none.
         state: the aggregator's folder: models, round records, results.
         identity: folder with the aggregator's certificate, keys and the signed roster.
         encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that compute with the
@@ -245,6 +246,7 @@ class FederationConfig(RunSettings):
     """
 
     listen: str = "127.0.0.1:0"
+    metrics: str = ""
     state: Path
     identity: Path
     encoder_file: Path | None = None
