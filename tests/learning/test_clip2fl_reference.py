@@ -264,3 +264,18 @@ def test_bad_input() -> None:
     refused(lambda: train(FEDAVG, SPEC, [records([0] * C, 0)], schedule=SCHEDULE, seed=0))
     refused(lambda: train(FEDAVG, SPEC, long_tailed(), schedule=replace(SCHEDULE, rate=1e20), seed=0))
     refused(lambda: train(TRUNKS["feddf"], SPEC, long_tailed(), schedule=SCHEDULE, seed=0))
+
+
+def test_bfloat16_trains_nearly_the_same_model() -> None:
+    spec = StudentSpec("resnet8", 2, inputs=4, width=1, projection=4)
+    labels = torch.arange(24) % 2
+    noise = torch.randn(24, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    images = noise + labels[:, None, None, None]
+    site = Records(images, labels, torch.zeros(24, 2))
+    schedule = Schedule(rounds=1, online=1, epochs=1, batch=8, rate=0.05)
+    first = parameters(build_student(spec, seed=1))
+    full = parameters(train(FEDAVG, spec, [site], schedule=schedule, seed=1))
+    half = parameters(train(FEDAVG, spec, [site], schedule=replace(schedule, bfloat16=True), seed=1))
+    assert not torch.equal(full, half)
+    # Rounding to 8 bits costs a few per cent of what three steps move.
+    assert (half - full).norm() < 0.3 * (full - first).norm()
