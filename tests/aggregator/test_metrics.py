@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import socket
 import time
 from pathlib import Path
+from typing import Any
 from urllib.request import urlopen
 
 import pytest
@@ -72,25 +72,24 @@ def test_it_answers_on_a_port_of_its_own(tmp_path: Path) -> None:
             metrics.serve(wrong)
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
-def test_the_program_serves_them_and_stops(tmp_path: Path) -> None:
+def test_the_program_serves_them_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, waits={"start_seconds": 2.0})
-    core = world.start()
-    config = core.config.model_copy(update={"metrics": f"127.0.0.1:{free_port()}", "listen": "127.0.0.1:0"})
-    seen: list[str] = []
+    config = world.start().config.model_copy(update={"metrics": "127.0.0.1:0", "listen": "127.0.0.1:0"})
+    original, servers, seen = Metrics.serve, list[Any](), list[str]()
+
+    def kept(self: Metrics, listen: str) -> Any:
+        servers.append(original(self, listen))
+        return servers[-1]
+
+    monkeypatch.setattr(Metrics, "serve", kept)
 
     def watch(status: object) -> None:
         if not seen:
-            with urlopen(f"http://{config.metrics}/metrics", timeout=60) as answer:
+            with urlopen(f"http://127.0.0.1:{servers[0].port}/metrics", timeout=60) as answer:
                 seen.append(answer.read().decode())
 
     with pytest.raises(RunError, match="FS-1701"):
         serve(config, announce=lambda address, run: None, watch=watch)
     assert "fedsecure_rounds 0.0" in seen[0], "asked before the first look"
     with pytest.raises(OSError, match="refused"):
-        urlopen(f"http://{config.metrics}/metrics", timeout=60)
+        urlopen(f"http://127.0.0.1:{servers[0].port}/metrics", timeout=60)
