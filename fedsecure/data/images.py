@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import hashlib
 import struct
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,15 +122,13 @@ def read_image(path: Path) -> Image:
             cure="pip install 'fedsecure[site]'",
         ) from error
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large images by itself; the limit below is stricter and decides.
-            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)
-            with pillow.open(path) as stored:
-                if stored.width * stored.height > MAX_PIXELS:
-                    raise too_large(path, stored.width, stored.height)
-                stored.load()
-                return _to_rgb(stored)
-    except pillow.DecompressionBombError as error:
+        # No filter of warnings here: filters are the process's, and threads that read would undo those of others.
+        with pillow.open(path) as stored:
+            if stored.width * stored.height > MAX_PIXELS:
+                raise too_large(path, stored.width, stored.height)
+            stored.load()
+            return _to_rgb(stored)
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
         raise DataError(
             "FS-1107",
             f"{path}: {error}",

@@ -6,6 +6,7 @@ import ast
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -111,6 +112,15 @@ class TestFolder:
     def test_pillow_bomb(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 5)
         refused("FS-1107", lambda: opened(tree).image(0))
+
+    def test_pillow_warns_of_a_bomb(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 15)
+        refused("FS-1107", lambda: opened(tree).image(0))
+
+    def test_reading_touches_no_filter_of_warnings(self, tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """They are the process's: a thread that trains would lose its own while another one reads."""
+        monkeypatch.setattr(warnings, "catch_warnings", lambda *_, **__: pytest.fail("filters changed"))
+        assert opened(tree).image(0).mode == "RGB"
 
     def test_unknown_class_named(self, tree: Path) -> None:
         save(tree / "fox" / "0.png", 1)
