@@ -349,6 +349,30 @@ class _Settings:
         self.settings = settings
 
 
+def test_the_networks_step_has_a_longest_and_vanishes_with_the_signal(encoder: Encoder) -> None:
+    steps = []
+    for epsilon in (0.01, 8.0, 1e6):
+        settings = image_settings(encoder, privacy={"target_epsilon": epsilon}, method={"rounds": 3})
+        _, cohort = cohort_of(settings, trainers_only=True)
+        rate, _ = METHOD.rate(settings, cohort)
+        steps.append(rate * settings.privacy.max_grad_norm)
+    assert steps[0] < 0.05 * steps[1] < 0.05 * steps[2]
+    assert steps[2] == pytest.approx(0.4)
+
+
+def test_one_record_moves_class_gradients_by_at_most_their_bound(tmp_path: Path) -> None:
+    world = world_of(tmp_path, clip_norm=0.5, **ON_FEATURES)
+    settings, features, units = world.settings, features_of(world), some_units(8)
+    inputs = {**moved(METHOD.spec(settings), 5), "classifier": np.random.default_rng(6).normal(size=(3, 16))}
+    whole, apart = METHOD.class_gradients(settings, features, inputs, units), []
+    for row in range(10):
+        others = units.select(np.arange(len(units)) != row)
+        apart.append(np.linalg.norm(whole - METHOD.class_gradients(settings, features, inputs, others)))
+    assert max(apart) <= 0.5
+    # Most are clipped, so that a clip twice as wide would fail above.
+    assert max(apart) >= 0.5 * (1 - 1e-6)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
