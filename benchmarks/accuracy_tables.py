@@ -355,7 +355,7 @@ def tables(data: Path, out: Path) -> list[Table]:
                     out / "scans-beside",
                 ),
             ),
-            columns={"test": "accuracy raw", "balanced": "balanced accuracy raw"},
+            columns={"test": "accuracy raw"},
         ),
         Table(
             "brain-tumor-towers",
