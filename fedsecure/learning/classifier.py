@@ -121,9 +121,10 @@ def retrain(features: Float32, start: Classifier, how: Retraining, *, seed: int)
     change, places = np.empty_like(weight), np.arange(how.batch)
     for _ in range(how.epochs):
         shuffled = order.permutation(count)
-        mixed, aims = rows[shuffled], labels[shuffled]
+        aims = labels[shuffled]
         for at in range(0, count, how.batch):
-            batch, aim = mixed[at : at + how.batch], aims[at : at + how.batch]
+            # A few rows at a time stay in the cache; a shuffled copy of all would not.
+            batch, aim = rows[shuffled[at : at + how.batch]], aims[at : at + how.batch]
             error = np.dot(batch, weight.T, out=logits[: len(batch)])
             if bias is not None:
                 error += bias

@@ -9,6 +9,8 @@ out here. Memory is O(K·m·K + K·m·d), never (K·m)², and nothing needs torc
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,10 +20,13 @@ import numpy.typing as npt
 from fedsecure.learning.adapters import Float32, Vector
 from fedsecure.learning.class_gradients import ClassGradients
 from fedsecure.learning.classifier import Classifier, Floats, check_features, unfit
+from fedsecure.secagg.parallel import cores
 
 # In the cosines' denominator, as published: rows of no length then cost a constant 1 and pull nowhere.
 COSINE_EPSILON = 1e-6
 _CHUNK = 256
+# Classes at a time, whatever the number of cores, so that the result does not depend on it.
+_BLOCK = 25
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +131,7 @@ def matching_loss(
     Raises:
         ModelError: FS-1681 shapes that do not fit, or a target that is not finite.
     """
-    classes, each, dimension = check_features(features, classifier)
+    classes, _, dimension = check_features(features, classifier)
     width = dimension if basis is None else len(basis)
     biased = layout.bias == (classifier.bias is not None)
     if (layout.classes, layout.dimension) != (classes, width) or target.size != layout.length or not biased:
@@ -134,13 +139,45 @@ def matching_loss(
     if not bool(np.isfinite(target).all()):
         raise unfit("a target gradient that is not finite", "finite gradients")
     aim = np.asarray(target.reshape(layout.shape), features.dtype)
+
+    def matched(some: slice) -> tuple[float, Floats]:
+        kept = None if clear is None else clear[some]
+        first = some.start
+        return _matched(features[some], first, classifier, aim[some], layout, cosine=cosine, clear=kept, basis=basis)
+
+    return _over_classes(classes, matched)
+
+
+def _over_classes(classes: int, work: Callable[[slice], tuple[float, Floats]]) -> tuple[float, Floats]:
+    """The sum of the losses and the slopes of all classes, a block of them at a time and a thread a core: numpy
+    computes outside the interpreter's lock."""
+    blocks = [slice(start, min(start + _BLOCK, classes)) for start in range(0, classes, _BLOCK)]
+    with ThreadPoolExecutor(min(cores(), len(blocks))) as pool:
+        found = list(pool.map(work, blocks))
+    return math.fsum(loss for loss, _ in found), np.concatenate([slope for _, slope in found])
+
+
+def _matched(
+    features: Floats,
+    first: int,
+    classifier: Classifier,
+    aim: Floats,
+    layout: ClassGradients,
+    *,
+    cosine: Literal["rows", "matrix"],
+    clear: npt.NDArray[np.bool_] | None,
+    basis: Floats | None,
+) -> tuple[float, Floats]:
+    """:func:`matching_loss` of the classes from ``first`` on, as many as there are features and aims of."""
+    classes, each, dimension = features.shape
+    width = dimension if basis is None else len(basis)
     probabilities = classifier.probabilities(features)
-    own = np.arange(classes)
+    here, own = np.arange(classes), np.arange(first, first + classes)
     if layout.rows == "full":
         error = probabilities.copy()
-        error[own, :, own] -= 1
+        error[here, :, own] -= 1
     else:
-        error = probabilities[own, :, own][:, :, None] - 1
+        error = probabilities[here, :, own][:, :, None] - 1
     shown = features if basis is None else features @ np.asarray(basis, features.dtype).T
     found, biases = error.swapaxes(1, 2) @ shown / each, error.mean(axis=1)[..., None]
     pulls = biases[..., :0]
@@ -168,7 +205,7 @@ def matching_loss(
         # Only the own class's probability is in the error: ∂p_c/∂s = p_c·(e_c − p).
         weighted = to_error * (error + 1)
         to_error = -weighted * probabilities
-        to_error[own, :, own] += weighted[..., 0]
+        to_error[here, :, own] += weighted[..., 0]
     onto += to_error @ np.asarray(classifier.weight, features.dtype)
     return float(losses.sum(dtype=np.float64)), onto
 
@@ -208,16 +245,22 @@ def contrast_loss(features: Floats, text: Floats, how: PrototypeContrast) -> tup
     rows, aims = features.reshape(-1, dimension), np.asarray(text, features.dtype)
     scale = how.strength / (len(rows) if how.reduction == "mean" else 1)
     if how.negatives == "text":
-        loss, slope = _against_texts(rows, aims, each, how.temperature)
+
+        def against(some: slice) -> tuple[float, Floats]:
+            part = rows[some.start * each : some.stop * each]
+            return _against_texts(part, aims, each, how.temperature, first=some.start)
+
+        loss, slope = _over_classes(classes, against)
     else:
         loss, slope = _against_features(rows, aims, each, how.temperature)
     return scale * loss, (scale / how.temperature * slope).reshape(features.shape)
 
 
-def _against_texts(rows: Floats, text: Floats, each: int, temperature: float) -> tuple[float, Floats]:
+def _against_texts(rows: Floats, text: Floats, each: int, temperature: float, *, first: int) -> tuple[float, Floats]:
+    """Of the features of the classes from ``first`` on."""
     logits = rows @ text.T
     logits /= temperature
-    places, own = np.arange(len(rows)), np.repeat(np.arange(len(text)), each)
+    places, own = np.arange(len(rows)), first + np.arange(len(rows)) // each
     positive = logits[places, own]
     # The anchor's own class is there m − 1 times and every other one m times.
     log_counts = np.log(np.array([each - 1, each], np.float64), where=[each > 1, True], out=np.full(2, -np.inf))

@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional
 
 from fedsecure.errors import ModelError
+from fedsecure.learning import federated_features as module
 from fedsecure.learning.class_gradients import ClassGradients, class_gradient_sum, span_basis
 from fedsecure.learning.classifier import Classifier, Retraining, fresh_classifier, retrain
 from fedsecure.learning.federated_features import (
@@ -211,6 +212,37 @@ def test_retraining_takes_the_steps_of_plain_sgd(bias):
     else:
         assert found.bias is None
     assert start.weight is not found.weight
+
+
+@pytest.mark.parametrize("rows", ["full", "diagonal"])
+def test_the_result_depends_neither_on_cores_nor_on_how_many_classes_are_taken_at_a_time(monkeypatch, rows):
+    classes, each, dimension = 60, 3, 8
+    rng, layout = np.random.default_rng(5), ClassGradients(classes, dimension, rows)
+    features = fresh_features(classes, each, dimension, seed=6)
+    classifier = fresh_classifier(classes, dimension, seed=7)
+    target, clear = rng.normal(size=layout.length), rng.random(classes) < 0.5
+    text = rng.normal(size=(classes, dimension))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+
+    def found() -> list:
+        loss, slope = matching_loss(features, classifier, target, layout, clear=clear)
+        second, pulled = contrast_loss(features, text, PrototypeContrast(strength=1.0))
+        return [loss, slope, second, pulled]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_BLOCK", classes)
+        whole = found()
+    on_more = []
+    for count in (1, 2, 7):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "cores", lambda count=count: count)
+            on_more.append(found())
+    on_one = on_more.pop(0)
+    for value, alone in zip(on_one, whole, strict=True):
+        np.testing.assert_allclose(value, alone, rtol=1e-4, atol=1e-6)
+    for several in on_more:
+        for value, alone in zip(several, on_one, strict=True):
+            np.testing.assert_array_equal(value, alone)
 
 
 def test_memory_does_not_grow_with_the_square_of_the_features():
