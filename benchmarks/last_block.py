@@ -4,7 +4,7 @@
 
 Without ``--data`` each seed draws other scans for three sites with scanners of their own, and other noise; scored are
 held scans of the same sites. With it, FACMIC's brain-tumour slices are divided as in ``examples/facmic.py``, seeds are
-of noise alone, and what the fourth site has and no other is scored. Every run is that of ``fedsecure simulate``, with
+of noise alone, and each training site's held tenth is scored. Every run is that of ``fedsecure simulate``, with
 the deployed code; what is finished is not run again.
 """
 
@@ -52,25 +52,26 @@ def generated(folder: Path, *, seed: int, trained: int) -> Path:
 
 
 def slices(folder: Path, data: Path) -> Path:
-    """The division of ``examples/facmic.py``, scored on the test images that no training site holds."""
+    """The division of ``examples/facmic.py``: each training site's four fifths, scored on a held tenth of its own."""
     division = divide_folders(data)
     entries, plans = {}, {}
-    shares = {name: [int(row) for row in rows] for name, rows in division.train.items()}
-    for name, rows in {**shares, division.test_site: list(division.tests["clean"])}.items():
-        found, text = division.sites[name], io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        writer.writerow(("file", "label"))
-        for row in rows:
-            writer.writerow((data.resolve() / name / found.record_ids[row], division.classes[found.labels[row]]))
-        file = folder / f"{name}.csv"
-        write_whole(file, text.getvalue().encode())
-        tests = name == division.test_site
-        section = DatasetConfig(name=name, path=file, format="manifest", public=tests)
-        plans[name] = SitePlan(train=section, evaluation=None, policy=_POLICY)
-        entries[name] = SiteEntry(max_units=len(rows))
-        if tests:
-            plans[name] = SitePlan(train=None, evaluation=section, policy=_POLICY)
-            entries[name] = SiteEntry(role="evaluate", max_units=0, evaluation_units=len(rows), evaluation_public=True)
+    for name, found in division.sites.items():
+        if name == division.test_site:
+            continue
+        sections, counts = {}, {}
+        for part, rows in (("train", division.train[name]), ("test", division.own[name])):
+            text = io.StringIO()
+            writer = csv.writer(text, lineterminator="\n")
+            writer.writerow(("file", "label"))
+            for row in map(int, rows):
+                writer.writerow((data.resolve() / name / found.record_ids[row], division.classes[found.labels[row]]))
+            file = folder / f"{name}-{part}.csv"
+            write_whole(file, text.getvalue().encode())
+            public = part == "test"
+            sections[part] = DatasetConfig(name=f"{name}-{part}", path=file, format="manifest", public=public)
+            counts[part] = len(rows)
+        plans[name] = SitePlan(train=sections["train"], evaluation=sections["test"], policy=_POLICY)
+        entries[name] = SiteEntry(max_units=counts["train"], evaluation_units=counts["test"], evaluation_public=True)
     return _lay_out(folder, division.classes, entries, plans)
 
 
