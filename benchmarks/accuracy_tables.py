@@ -204,7 +204,7 @@ def tables(data: Path, out: Path) -> list[Table]:
         return on("ucf101", f"{folder}-{method}", methods=(method,), **changes)
 
     def caltech(folder: str, **changes: Any) -> Federated:
-        return on("caltech101", f"{folder}-linear", methods=("linear",), epsilons=FEW, **changes)
+        return on("caltech101", f"{folder}-linear", methods=("linear",), **changes)
 
     def by_itself(*partition: str) -> Alone:
         options = settings(data, out / "ucf101-alone", "ucf101", epsilons=FEW, seeds=SEEDS, partitions=partition)
@@ -246,9 +246,13 @@ def tables(data: Path, out: Path) -> list[Table]:
             "Caltech101 features: skew of labels and sizes, local noise, three sites, linear head",
             (
                 caltech("iid"),
-                caltech("skew", partitions=(SKEWS[0], SKEWS[2])),
-                caltech("local", noises=("local",), partitions=("iid", SKEWS[0])),
+                caltech("skew", partitions=SKEWS),
+                caltech("local", noises=("local",)),
+                caltech("local", noises=("local",), partitions=SKEWS, epsilons=FEW),
                 caltech("three", **three),
+                caltech("three-skew", partitions=SKEWS, epsilons=FEW, **three),
+                caltech("three-local", noises=("local",), **three),
+                caltech("three-local", noises=("local",), partitions=SKEWS, epsilons=FEW, **three),
             ),
             label=("sites", "noise", "partition"),
         ),
@@ -270,7 +274,10 @@ def tables(data: Path, out: Path) -> list[Table]:
             (
                 ucf("iid", "linear", epsilons=FEW),
                 ucf("iid", "facmic", epsilons=FEW),
-                *(ucf("iid", method, epsilons=FEW) for method in ("prototypes", "ridge", "fedfocal", "bottleneck")),
+                *(
+                    ucf("iid", method, epsilons=FEW)
+                    for method in ("prototypes", "ridge", "probe", "fedfocal", "bottleneck")
+                ),
                 ucf("iid", "fedclip", epsilons=FEW, rounds=60),
                 by_itself("iid"),
             ),
@@ -280,7 +287,7 @@ def tables(data: Path, out: Path) -> list[Table]:
             "UCF101 features, five sites: skew of labels and sizes, distributed and local noise",
             (
                 ucf("iid", "linear"),
-                ucf("skew", "linear", epsilons=FEW, partitions=SKEWS),
+                ucf("skew", "linear", partitions=SKEWS),
                 ucf("local", "linear", noises=("local",)),
                 ucf("local", "linear", epsilons=FEW, partitions=SKEWS, noises=("local",)),
                 ucf("iid", "facmic", epsilons=(8.0,), seeds=1),
@@ -306,8 +313,9 @@ def tables(data: Path, out: Path) -> list[Table]:
             "UCF101 features, three sites",
             (
                 ucf("three", "linear", **three),
-                ucf("three-skew", "linear", epsilons=FEW, partitions=SKEWS[:1], **three),
-                ucf("three-local", "linear", epsilons=FEW, partitions=("iid", SKEWS[0]), noises=("local",), **three),
+                ucf("three-skew", "linear", partitions=SKEWS, **three),
+                ucf("three-local", "linear", noises=("local",), **three),
+                ucf("three-local", "linear", epsilons=FEW, partitions=SKEWS, noises=("local",), **three),
             ),
             label=("noise", "partition"),
         ),
