@@ -31,6 +31,9 @@ _RECONNECT = [
 # What an orderly close needs is milliseconds.
 _CLOSE_SECONDS = 5.0
 _BUSY = ("FS-1510", "FS-1511", "FS-1512")
+# What gRPC says where the other side's TLS or certificate is wrong, which no repetition mends. A handshake that merely
+# breaks off says "Handshake read failed": so do an aggregator that ends in that moment and a line that is cut.
+_REFUSED = ("handshake failed", "verification check failed", "certificate")
 _UNAVAILABLE = {grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
 
 
@@ -144,7 +147,7 @@ class GrpcTransport:
             return None if known.code in _BUSY else known
         if error.code() in _UNAVAILABLE:
             text = (error.details() or "").lower()
-            if "certificate" in text or "ssl" in text or "handshake" in text or "tls" in text:
+            if any(words in text for words in _REFUSED):
                 return IdentityError(
                     "FS-1453",
                     f"the TLS handshake with {self._address} failed",
