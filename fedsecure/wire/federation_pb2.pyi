@@ -25,15 +25,19 @@ class GreetRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
+    FEDERATION_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
+    federation: _builtins.str
+    """name of the run's settings, where the aggregator serves several; empty for its only one"""
     def __init__(
         self,
         *,
         protocol: _builtins.int = ...,
+        federation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -84,11 +88,14 @@ class JoinRequest(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     ROSTER_HASH_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
+    FEDERATION_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
     session: _builtins.bytes
     """16 random bytes, fresh per process"""
     roster_hash: _builtins.bytes
     software: _builtins.str
+    federation: _builtins.str
+    """as in GreetRequest"""
     def __init__(
         self,
         *,
@@ -96,10 +103,11 @@ class JoinRequest(_message.Message):
         session: _builtins.bytes = ...,
         roster_hash: _builtins.bytes = ...,
         software: _builtins.str = ...,
+        federation: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["protocol", b"protocol", "roster_hash", b"roster_hash", "session", b"session", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "protocol", b"protocol", "roster_hash", b"roster_hash", "session", b"session", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
