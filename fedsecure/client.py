@@ -116,7 +116,12 @@ class Client:
         require("torch")
         self.ledger = Ledger(self.config.ledger)
         try:
-            self._line = Line(self._dialled(), wait_seconds=self.config.wait_seconds, progress=self._progress)
+            self._line = Line(
+                self._dialled(),
+                wait_seconds=self.config.wait_seconds,
+                progress=self._progress,
+                federation=self.config.federation,
+            )
         except BaseException:
             self.ledger.close()
             raise

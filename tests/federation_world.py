@@ -18,6 +18,9 @@ import numpy as np
 import torch  # noqa: F401 -- here, since a first import in a site's thread fails by chance (simulation.memory)
 
 from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.aggregator.database import Database
+from fedsecure.aggregator.happenings import Happening
+from fedsecure.aggregator.store import begin, unfinished
 from fedsecure.client import Client
 from fedsecure.config import (
     DatasetConfig,
@@ -32,6 +35,7 @@ from fedsecure.config import (
     SiteEntry,
 )
 from fedsecure.data.loading import read_feature_header
+from fedsecure.files import make_folder
 from fedsecure.identity.provision import load_identity, provision
 from fedsecure.transport.memory import MemoryTransport
 
@@ -95,6 +99,7 @@ class World:
             },
         )
         self.gate = threading.Condition()
+        self.happened: list[Happening] = []
         self.errors: dict[str, BaseException] = {}
 
     def start(self) -> Coordinator:
@@ -104,7 +109,15 @@ class World:
             identity=self.folder / "keys" / "aggregator" / "identity",
             encoder_file=self.features,
         )
-        self.coordinator = Coordinator(config, load_identity(config.identity), run=os.urandom(16), now=time.monotonic())
+        if hasattr(self, "coordinator"):
+            # As the program ends: a run that is over has been told to its sites.
+            self.coordinator.close()
+            self.database.close()
+        self.database = Database("", make_folder(config.state))
+        store = unfinished(self.database, config) or begin(self.database, config, os.urandom(16))
+        self.coordinator = Coordinator(
+            config, load_identity(config.identity), store=store, now=time.monotonic(), listener=self.happened.append
+        )
         return self.coordinator
 
     def site_config(self, name: str, **changes: Any) -> SiteConfig:

@@ -1,4 +1,4 @@
-"""The run's account of itself: every attempt with its outcome, the state after every sum, the summary at the end."""
+"""The run's account of itself: a change is on the disk first, then told to whoever listens, and only then acted on."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from fedsecure.aggregator.happenings import Happening, Kind, Listener
 from fedsecure.aggregator.schedule import Progress
-from fedsecure.aggregator.store import RunStore
+from fedsecure.aggregator.states import FOLLOWING, RunState
+from fedsecure.aggregator.store import RunStore, Standing
 from fedsecure.config import RunSettings
 from fedsecure.errors import RunError
 from fedsecure.secagg.server import SecAggResult
@@ -20,71 +22,145 @@ log = logging.getLogger("fedsecure.aggregator")
 
 @dataclass(slots=True)
 class Account:
-    """Keeps the attempts of one run, on disk and for the summary."""
+    """Keeps one run's state and its attempts, on disk and for the summary.
+
+    Attributes:
+        state: what the run is doing; :meth:`move` and the others change it by the rules of
+            :mod:`fedsecure.aggregator.states`.
+        round, attempt: the question in progress, or the next one.
+        attempts: all that are over, as the summary has them.
+    """
 
     settings: RunSettings
-    run: bytes
     store: RunStore
+    listener: Listener
+    state: RunState = RunState.WAITING
+    round: int = 0
+    attempt: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
+    _open: dict[str, Any] | None = None
 
-    def attempt(
-        self,
-        *,
-        round: int,
-        attempt: int,
-        stage: str,
-        cohort: tuple[str, ...],
-        ctx: bytes,
-        seconds: float,
-        suspects: Mapping[str, Any] | None = None,
-        **outcome: Any,
+    @staticmethod
+    def take_up(settings: RunSettings, store: RunStore, listener: Listener, standing: Standing) -> Account:
+        """The account of a run as a process before this one left it."""
+        state = RunState.WAITING if standing.outcome is None else RunState.OVER
+        account = Account(settings, store, listener, state, standing.round, standing.attempt, standing.attempts)
+        account.tell("run-resumed", round=standing.round, attempt=standing.attempt)
+        return account
+
+    def tell(self, kind: Kind, **facts: Any) -> None:
+        """Tell whoever listens."""
+        self.listener(Happening(kind, self.store.run.hex(), self.store.clock(), facts))
+
+    def move(self, state: RunState) -> None:
+        """The run is in ``state`` from here on."""
+        self._check(state)
+        self.store.move(state, round=self.round, attempt=self.attempt)
+        self.state = state
+        if state in (RunState.SHARES, RunState.MASKED, RunState.SURVIVORS, RunState.UNMASK):
+            self.tell("phase-closed", round=self.round, attempt=self.attempt, phase=state.value)
+
+    def begin_keys(self, epochs: int) -> None:
+        """The ``epochs``-th set-up of keys begins."""
+        self._check(RunState.KEYS)
+        self.store.begin_keys(round=self.round, attempt=self.attempt, epochs=epochs)
+        self.state = RunState.KEYS
+
+    def open(self, state: RunState, *, stage: str, cohort: tuple[str, ...], ctx: bytes) -> None:
+        """An attempt begins in ``state``; from here on its number is used up."""
+        self._check(state)
+        self._open = self._record(stage, cohort, ctx)
+        self.store.open_attempt(state, self._open)
+        self.state = state
+        self.tell("attempt-opened", **self._open)
+
+    def summed(
+        self, survivors: tuple[str, ...], progress: Progress, *, seconds: float, suspects: Mapping[str, Any]
     ) -> None:
-        """Record an attempt that is over: ``survivors``, or ``aborted`` and ``code``.
+        """The attempt in progress gave its sum, and ``progress`` is the state after it.
 
-        ``suspects`` stand in the round log only: who may have lied is for the operator, and no part of the summary.
-        """
-        record = {
-            "round": round,
-            "attempt": attempt,
-            "stage": stage,
-            "method": "evaluate" if stage != "training" else self.settings.method.name,
-            "cohort": list(cohort),
-            "context": ctx.hex(),
-            "seconds": seconds,
-            **outcome,
-        }
-        self.attempts.append(record)
-        self.store.attempt({**record, **(suspects or {})})
-
-    def save(self, round: int, progress: Progress) -> None:
-        """The state after a sum.
+        ``suspects`` stand in the database only: who may have lied is for the operator, and no part of the summary.
 
         Raises:
             RunError: FS-1717 the sum ruins the model: the run ends here, instead of at every site.
         """
-        state = progress.state
-        broken = [name for name, value in state.tensors.items() if not np.isfinite(value).all()]
-        if broken:
-            raise RunError(
-                "FS-1717",
-                f"round {round} left values in {', '.join(broken)} that are not finite",
-                expected="finite tensors after every step",
-                cure="lower the learning rate; if it is modest, a site has sent extreme values",
-            )
-        facts = {**state.facts, "evaluations": progress.evaluations}
-        self.store.progress(round=round, stage=progress.stage, step=state.step, tensors=state.tensors, facts=facts)
+        self._check(RunState.WAITING)
+        self._check_finite(progress)
+        record, outcome = self._opened(), {"survivors": list(survivors)}
+        self.store.sum_attempt(record, outcome, progress, seconds=seconds, suspects=suspects)
+        self.attempts.append({**record, "seconds": seconds, **outcome})
+        self._open, self.state = None, RunState.WAITING
+        where = {"round": self.round, "attempt": self.attempt, "stage": record["stage"]}
+        self.tell("attempt-summed", **where, **outcome, seconds=seconds, suspects=dict(suspects))
+        self.tell("round-saved", round=self.round, stage=progress.stage, step=progress.state.step)
+        if record["stage"] != "training":
+            self.tell("evaluated", stage=record["stage"], **progress.evaluations[record["stage"]])
+        self.round, self.attempt = self.round + 1, 0
+
+    def aborted(
+        self, reason: str, code: str, *, stage: str, cohort: tuple[str, ...], ctx: bytes, seconds: float
+    ) -> None:
+        """An attempt, or a set-up of keys in its place, ended without a sum; the next attempt has the next number."""
+        self._check(RunState.WAITING)
+        record = self._open or self._record(stage, cohort, ctx)
+        self.store.abort_attempt(record, {"aborted": reason, "code": code}, seconds=seconds)
+        self.attempts.append({**record, "seconds": seconds, "aborted": reason, "code": code})
+        self._open, self.state = None, RunState.WAITING
+        where = {"round": self.round, "attempt": self.attempt, "stage": stage}
+        self.tell("attempt-aborted", **where, code=code, reason=reason, seconds=seconds)
+        self.attempt += 1
+
+    def computed(self, progress: Progress) -> None:
+        """The method's own work is done; raises as :meth:`summed`."""
+        self._check(RunState.WAITING)
+        self._check_finite(progress)
+        self.store.computed(progress, round=self.round)
+        self.state = RunState.WAITING
+        self.tell("round-saved", round=self.round - 1, stage=progress.stage, step=progress.state.step)
+
+    def end(self, outcome: Mapping[str, Any]) -> None:
+        """The run is over for good."""
+        self._check(RunState.OVER)
+        self.store.end(outcome, round=self.round, attempt=self.attempt)
+        self.state = RunState.OVER
 
     def summary(self, progress: Progress) -> dict[str, Any]:
         """What the run did, for its sites and its operator."""
-        evaluations: Mapping[str, Mapping[str, Any]] = progress.evaluations
         return {
-            "run": self.run.hex(),
+            "run": self.store.run.hex(),
             "federation": self.settings.name,
             "method": self.settings.method.name,
             "rounds": progress.state.step,
             "attempts": self.attempts,
-            "evaluations": {stage: dict(facts) for stage, facts in evaluations.items()},
+            "evaluations": {stage: dict(facts) for stage, facts in progress.evaluations.items()},
         }
+
+    def _check(self, state: RunState) -> None:
+        assert state in FOLLOWING[self.state], f"{state} cannot follow {self.state}"
+
+    def _record(self, stage: str, cohort: tuple[str, ...], ctx: bytes) -> dict[str, Any]:
+        return {
+            "round": self.round,
+            "attempt": self.attempt,
+            "stage": stage,
+            "method": "evaluate" if stage != "training" else self.settings.method.name,
+            "cohort": list(cohort),
+            "context": ctx.hex(),
+        }
+
+    def _opened(self) -> dict[str, Any]:
+        assert self._open is not None
+        return self._open
+
+    def _check_finite(self, progress: Progress) -> None:
+        broken = [name for name, value in progress.state.tensors.items() if not np.isfinite(value).all()]
+        if broken:
+            raise RunError(
+                "FS-1717",
+                f"round {self.round} left values in {', '.join(broken)} that are not finite",
+                expected="finite tensors after every step",
+                cure="lower the learning rate; if it is modest, a site has sent extreme values",
+            )
 
 
 def suspects(result: SecAggResult) -> dict[str, Any]:

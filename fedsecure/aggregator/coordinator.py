@@ -1,7 +1,9 @@
 """The aggregator's core: the calls of the sites, the schedule of questions, attempts, and what follows from each.
 
 No sockets, threads or clock: the gRPC service, the in-memory transport and the tests drive the same object. Calls
-must not overlap. Every wait is bounded and knows what it waits for (:meth:`Coordinator.reason`).
+must not overlap. Every wait is bounded and knows what it waits for (:meth:`Coordinator.reason`). What it does is on the
+disk before anybody is told (:mod:`fedsecure.aggregator.account`), so that a process killed anywhere leaves a run that
+the next one takes up.
 """
 
 from __future__ import annotations
@@ -15,14 +17,16 @@ from typing import Any
 
 from fedsecure.aggregator.account import Account, suspects
 from fedsecure.aggregator.admission import PROTOCOL, admit
+from fedsecure.aggregator.happenings import Listener
 from fedsecure.aggregator.openings import Broadcast, Openings
 from fedsecure.aggregator.rounds import Attempt, SetUp, decode
-from fedsecure.aggregator.schedule import Progress, Schedule
+from fedsecure.aggregator.schedule import Schedule
 from fedsecure.aggregator.sessions import Sessions
+from fedsecure.aggregator.states import RunState
 from fedsecure.aggregator.step_worker import StepWorker
-from fedsecure.aggregator.store import RunStore
+from fedsecure.aggregator.store import RunStore, Wanted, stopped
 from fedsecure.config import FederationConfig
-from fedsecure.errors import FedsecureError, ProtocolError, RunError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, ProtocolError, RunError, TransportError
 from fedsecure.identity.provision import Identity
 from fedsecure.methods.base import Cohort
 from fedsecure.methods.cohorts import check_roles, cohort_of
@@ -31,37 +35,67 @@ from fedsecure.secagg.phases import Phase
 from fedsecure.wire import federation_pb2 as pb
 
 log = logging.getLogger("fedsecure.aggregator")
+# Ends that a new process does not take for the run's: sites may come, the disk may be mended.
+_NOT_FINAL = ("FS-1701",)
+# Attempts shown to whoever looks at the run from outside.
+_SHOWN = 20
 
 
 class Coordinator:
-    """Runs one run from the first join to the last goodbye."""
+    """Runs one run from the first join to the last goodbye, or from where a process before this one left it.
 
-    def __init__(self, config: FederationConfig, identity: Identity, *, run: bytes, now: float) -> None:
+    Args:
+        config: ``federation.toml``.
+        identity: the aggregator's.
+        store: the run's, new or of a process that ended.
+        now: the time.
+        listener: is told what happens, once it is on the disk.
+
+    Raises:
+        IdentityError: FS-1450, FS-1455 a site's role is not the roster's.
+        RunError: FS-1731 the model that the run stands at cannot be read.
+        EnvironmentProblem: FS-1830 from the database.
+    """
+
+    def __init__(
+        self,
+        config: FederationConfig,
+        identity: Identity,
+        *,
+        store: RunStore,
+        now: float,
+        listener: Listener = lambda happening: None,
+    ) -> None:
         self.config = config
-        self.run = run
+        self.run = store.run
         self.settings = config.settings()
         check_roles(self.settings, identity.roster)
         self.outcome: dict[str, Any] | None = None
         self.failure: RunError | None = None
         self.sessions = Sessions(silence_seconds=config.rounds.silence_seconds)
         self._identity = identity
-        self._store = RunStore(config.state, run)
-        self._store.settings(self.settings)
-        self._account = Account(self.settings, run, self._store)
-        self._openings = Openings(self.settings, identity, run, self._store)
+        self._store = store
+        self._openings = Openings(self.settings, identity, self.run, store)
         self._schedule = Schedule(self.settings, load_training_method(config.method.name), load_method("evaluate"))
-        self._progress = self._schedule.start()
+        standing = store.take_up()
+        self._account = Account.take_up(self.settings, store, listener, standing)
+        self._progress = standing.progress or self._schedule.start()
         self._broadcast = Broadcast.of({})
-        self._round = 0
-        self._number = 0
         self._attempt: Attempt | None = None
         self._worker: StepWorker | None = None
         self._set_up: SetUp | None = None
-        self._epochs = 0
+        self._epochs = standing.epochs
+        self._wanted: Wanted = "run"
         self._waiting_since = now
         self._first_round = True
         self._ended: pb.Finished | None = None
         self._ended_at = now
+        if standing.outcome is not None:
+            self._say_the_end(standing.outcome, now)
+
+    def chosen(self, site: str, federation: str) -> Coordinator:
+        """The run that a site means: the only one here."""
+        return self
 
     # --- calls of the sites -------------------------------------------------------------------------------------------
 
@@ -69,8 +103,10 @@ class Coordinator:
         """Open a session; raises as :func:`~fedsecure.aggregator.admission.admit`, and RunError FS-1703 where the
         identity has a live session already."""
         admit(site, request, settings=self.settings, roster=self._identity.roster)
-        if self.sessions.open(site, request.session, now) and self._ended is not None:
-            self.sessions.tell(site, finished=self._ended)
+        if self.sessions.open(site, request.session, now):
+            self._account.tell("site-joined", site=site)
+            if self._ended is not None:
+                self.sessions.tell(site, finished=self._ended)
         return pb.JoinReply(protocol=PROTOCOL, run=self.run, settings_json=self.settings.canonical())
 
     def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
@@ -80,6 +116,8 @@ class Coordinator:
     def beat(self, site: str, token: bytes, now: float, leaving: str = "") -> None:
         """The site is there, and working; or it is leaving, for the reason with that code."""
         self.sessions.beat(site, token, now, leaving)
+        if leaving:
+            self._account.tell("site-left", site=site, code=self.sessions.leaving(site))
 
     def gone(self, site: str, token: bytes, now: float) -> None:
         """The session's connection broke: two seconds' grace, then it counts as silent until it is heard again."""
@@ -150,12 +188,14 @@ class Coordinator:
         if self.outcome is not None:
             return "the run is over"
         if self._worker is not None:
-            return f"the aggregator computes after round {self._round - 1}"
+            return f"the aggregator computes after round {self._account.round - 1}"
+        if self._account.state is RunState.PAUSED:
+            return "the operator has paused the run"
         cohort, _ = self._cohort()
         running = self._set_up if self._preparing else self._attempt
         missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.alive(s, now)]
         seen = [self.sessions.last_seen(site, now) for site in missing]
-        what = f"{running.phase.name.lower()} of round {self._round}" if running else "joining"
+        what = f"{running.phase.name.lower()} of round {self._account.round}" if running else "joining"
         return f"{what}: waiting for {len(missing)} of {len(cohort)} sites" + (": " + ", ".join(seen) if seen else "")
 
     def status(self, now: float) -> dict[str, Any]:
@@ -163,16 +203,33 @@ class Coordinator:
         return {
             "run": self.run.hex(),
             "stage": "over" if self.outcome else self._progress.stage,
-            "round": self._round,
-            "attempt": self._number,
+            "state": self._account.state.value,
+            "round": self._account.round,
+            "attempt": self._account.attempt,
             "step": self._progress.state.step,
             "steps": self.config.method.rounds,
             "phase": self._attempt.phase.name.lower() if self._attempt else "joining",
             "sites": {site: self.sessions.alive(site, now) for site in sorted(self.settings.sites)},
             "presence": {site: self.sessions.presence(site, now) for site in sorted(self.settings.sites)},
             "waiting": self.reason(now),
+            "attempts": self._account.attempts[-_SHOWN:],
             "outcome": self.outcome,
         }
+
+    # --- the operator -----------------------------------------------------------------------------------------------
+
+    def wanted(self) -> Wanted:
+        """What the operator asks for, as the database has it."""
+        return self._store.wanted()
+
+    def obey(self, wanted: Wanted, now: float) -> None:
+        """Pause after the attempt in progress, go on, or stop at once: every site is told why."""
+        if self.outcome is not None or wanted == self._wanted:
+            return
+        self._wanted = wanted
+        if wanted == "stop":
+            self._give_up(stopped(), now)
+        self.tick(now)
 
     # --- inside -----------------------------------------------------------------------------------------------------
 
@@ -200,13 +257,32 @@ class Coordinator:
                 return self._compute(self._worker, now)
             if self._preparing and self._set_up is not None:
                 return self._prepare(self._set_up, now)
-            return self._open(now) if self._attempt is None else self._advance(self._attempt, now)
+            if self._attempt is not None:
+                return self._advance(self._attempt, now)
+            if self._schedule.due(self._progress):
+                self._begin_computing(now)
+                return True
+            return not self._hold(now) and self._open(now)
         except FedsecureError as error:
             failure = error if isinstance(error, RunError) else _run_failure(error.code, error.found, error)
         except Exception as error:
             log.exception("the run fails")
             failure = _run_failure("", type(error).__name__, error)
         self._give_up(failure, now)
+        return False
+
+    def _hold(self, now: float) -> bool:
+        """Whether the operator wants the run to be paused; no wait for sites runs out meanwhile."""
+        account = self._account
+        if self._wanted == "pause":
+            if account.state is not RunState.PAUSED:
+                account.move(RunState.PAUSED)
+                account.tell("run-paused")
+            self._waiting_since = now
+            return True
+        if account.state is RunState.PAUSED:
+            account.move(RunState.WAITING)
+            account.tell("run-continued")
         return False
 
     def _advance(self, attempt: Attempt, now: float) -> bool:
@@ -220,37 +296,39 @@ class Coordinator:
             return True
         if step is None:
             return False
-        self.sessions.relay(ctx, step.phase, step.relays)
         if step.result is None:
+            self._account.move(RunState(step.phase))
+            self.sessions.relay(ctx, step.phase, step.relays)
             return True
-        survivors = step.result.survivors
-        lied = suspects(step.result)
-        self._record(cohort, ctx, attempt.started, now, suspects=lied, survivors=list(survivors))
+        progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
+        survivors, seconds = step.result.survivors, round(now - attempt.started, 3)
+        self._account.summed(survivors, progress, seconds=seconds, suspects=suspects(step.result))
+        self._attempt, self._progress, self._waiting_since = None, progress, now
+        self.sessions.relay(ctx, step.phase, step.relays)
         self._left_out(cohort, survivors, ctx, reason="the round ended without this site")
-        self._attempt = None
-        self._progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
-        self._account.save(self._round, self._progress)
-        self._round, self._number, self._waiting_since = self._round + 1, 0, now
-        if self._schedule.due(self._progress):
-            config = self.config
-            self._worker = StepWorker(
-                self.settings,
-                self._progress.state,
-                encoder_file=config.encoder_file,
-                target_file=config.target_file,
-                deadline=now + config.rounds.training_seconds,
-            )
         return True
 
+    def _begin_computing(self, now: float) -> None:
+        """The method's computation, in a process of its own; the sum it starts from is on disk already."""
+        config = self.config
+        self._account.move(RunState.COMPUTING)
+        self._worker = StepWorker(
+            self.settings,
+            self._progress.state,
+            encoder_file=config.encoder_file,
+            target_file=config.target_file,
+            deadline=now + config.rounds.training_seconds,
+        )
+
     def _compute(self, worker: StepWorker, now: float) -> bool:
-        """Whether the method's computation is done; the sum it starts from is on disk already."""
+        """Whether the method's computation is done."""
         state = worker.poll(now)
         if state is None:
             return False
         self._worker = None
-        self._progress = replace(self._progress, state=state)
-        self._account.save(self._round - 1, self._progress)
-        self._waiting_since = now
+        progress = replace(self._progress, state=state)
+        self._account.computed(progress)
+        self._progress, self._waiting_since = progress, now
         return True
 
     def _open(self, now: float) -> bool:
@@ -258,21 +336,19 @@ class Coordinator:
         if ask is None:
             self._finish(now)
             return False
+        self._require_attempts_left()
         sites, cohort = self._cohort()
         live = [site for site in sites if self.sessions.alive(site, now)]
         patient = now - self._waiting_since < self.config.rounds.start_seconds
-        # The first question of a run waits for everybody; later ones for those it cannot do without.
+        # The first question of a process waits for everybody; later ones for those it cannot do without.
         wanted = len(sites) if self._first_round and patient else cohort.min_survivors
         if len(live) < wanted:
             if not patient:
-                self._give_up(
-                    RunError(
-                        "FS-1701",
-                        self.reason(now),
-                        expected=f"at least {cohort.min_survivors} of {len(sites)} sites",
-                        cure="bring the missing sites back and start the run again",
-                    ),
-                    now,
+                raise RunError(
+                    "FS-1701",
+                    self.reason(now),
+                    expected=f"at least {cohort.min_survivors} of {len(sites)} sites",
+                    cure="bring the missing sites back and start `fedsecure serve` again: the run goes on",
                 )
             return False
         self._first_round = False
@@ -283,8 +359,16 @@ class Coordinator:
             return False
         keys = self._set_up if prepared else None
         self._broadcast = Broadcast.of(ask.inputs)
-        query = self._openings.query(ask, round=self._round, attempt=self._number, inputs=self._broadcast.hashes)
-        self._attempt, descriptor = self._openings.attempt(query, trainers_only=ask.trainers_only, keys=keys, now=now)
+        account = self._account
+        query = self._openings.query(ask, round=account.round, attempt=account.attempt, inputs=self._broadcast.hashes)
+        attempt, descriptor = self._openings.attempt(query, trainers_only=ask.trainers_only, keys=keys, now=now)
+        account.open(
+            RunState(attempt.phase.name.lower()),
+            stage=self._progress.stage,
+            cohort=query.cohort,
+            ctx=descriptor.ctx,
+        )
+        self._attempt = attempt
         asked = live if keys is None else [site for site in live if site in keys.holders]
         directive = pb.Ask(query_json=query.to_json(), descriptor=descriptor.canonical())
         self.sessions.ask(asked, descriptor.ctx, ask=directive)
@@ -293,6 +377,7 @@ class Coordinator:
     def _begin_set_up(self, present: Mapping[str, bytes], now: float) -> None:
         if self._set_up is not None:
             self._set_up.abort()
+        self._account.begin_keys(self._epochs + 1)
         self._set_up, descriptor = self._openings.set_up(self._epochs, tokens=present, now=now)
         self._epochs += 1
         self.sessions.ask(present, self._set_up.ctx, prepare=pb.Prepare(descriptor=descriptor))
@@ -308,8 +393,10 @@ class Coordinator:
             return True
         if step is None:
             return False
+        self._account.move(RunState.KEYS if self._preparing else RunState.WAITING)
         self.sessions.relay(keys.ctx, step.phase, step.relays)
         if not self._preparing:
+            self._account.tell("keys-prepared", epoch=self._epochs - 1, holders=list(keys.holders))
             self._left_out(keys.cohort, keys.holders, keys.ctx, reason="the keys were set up without this site")
         return True
 
@@ -320,52 +407,65 @@ class Coordinator:
 
     def _failed(self, error: ProtocolError, now: float, *, cohort: tuple[str, ...], ctx: bytes, started: float) -> None:
         """Record an attempt, or a set-up, that ended without a sum; the next one follows or the run ends."""
-        left = self.sessions.departures()
-        reason = "; ".join([f"{error.code}: {error.found}", *left])
+        reason = "; ".join([f"{error.code}: {error.found}", *self.sessions.departures()])
         log.warning("attempt aborted: %s", reason)
-        self._record(cohort, ctx, started, now, aborted=reason, code=error.code)
+        seconds, stage = round(now - started, 3), self._progress.stage
+        self._account.aborted(reason, error.code, stage=stage, cohort=cohort, ctx=ctx, seconds=seconds)
         self.sessions.tell_asked(cohort, ctx, code=error.code, reason=reason)
-        self._number += 1
         self._waiting_since = now
-        if self._number >= self.config.rounds.max_attempts:
-            self._give_up(
-                RunError(
-                    "FS-1702",
-                    f"round {self._round} failed {self._number} times, last: " + "; ".join([error.found, *left]),
-                    expected="a round that ends within its attempts",
-                    cure="see the reasons in rounds.jsonl",
-                ),
-                now,
-            )
 
-    def _record(self, cohort: tuple[str, ...], ctx: bytes, started: float, now: float, **outcome: Any) -> None:
-        self._account.attempt(
-            round=self._round,
-            attempt=self._number,
-            stage=self._progress.stage,
-            cohort=cohort,
-            ctx=ctx,
-            seconds=round(now - started, 3),
-            **outcome,
+    def _require_attempts_left(self) -> None:
+        account = self._account
+        if account.attempt < self.config.rounds.max_attempts:
+            return
+        last = str(account.attempts[-1]["aborted"])
+        raise RunError(
+            "FS-1702",
+            f"round {account.round} failed {account.attempt} times, last: {last}",
+            expected="a round that ends within its attempts",
+            cure="see the reasons: fedsecure runs show",
         )
 
     def _finish(self, now: float) -> None:
-        self._broadcast = Broadcast.of(self._progress.state.tensors)
         outcome = {"complete": True, **self._account.summary(self._progress)}
-        self._end(outcome, self._broadcast.hashes, now)
+        self._account.end(outcome)
+        self._account.tell("run-ended", complete=True)
+        self._say_the_end(outcome, now)
 
     def _give_up(self, error: RunError, now: float) -> None:
         self.failure = error
         if self._worker is not None:
             self._worker.stop()
             self._worker = None
-        if self._attempt is not None:
-            self._attempt.abort()
-            self._attempt = None
+        attempt, self._attempt = self._attempt, None
+        if attempt is not None:
+            attempt.abort()
+        # What this process cannot do, on this disk or without those sites, the next one may.
+        final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
         summary = self._account.summary(self._progress)
-        self._end({"complete": False, "code": error.code, "error": str(error), **summary}, {}, now)
+        outcome = {"complete": False, "code": error.code, "error": str(error), **summary}
+        if final:
+            try:
+                if attempt is not None:
+                    cohort, ctx = attempt.query.cohort, attempt.ctx
+                    self._account.aborted(
+                        str(error),
+                        error.code,
+                        stage=self._progress.stage,
+                        cohort=cohort,
+                        ctx=ctx,
+                        seconds=round(now - attempt.started, 3),
+                    )
+                self._account.end(outcome)
+            except FedsecureError as worse:
+                log.warning("the end of the run is not in the database: %s", worse)
+        self._account.tell("run-ended", complete=False, code=error.code, reason=error.found, final=final)
+        self._say_the_end(outcome, now)
 
-    def _end(self, outcome: dict[str, Any], outputs: Mapping[str, bytes], now: float) -> None:
+    def _say_the_end(self, outcome: dict[str, Any], now: float) -> None:
+        if outcome["complete"]:
+            self._broadcast = Broadcast.of(self._progress.state.tensors)
+        outputs = self._broadcast.hashes if outcome["complete"] else {}
         self.outcome, self._ended_at = outcome, now
         text = json.dumps(outcome, sort_keys=True)
         self._ended = pb.Finished(complete=outcome["complete"], summary_json=text, outputs=outputs)
@@ -380,6 +480,16 @@ class Coordinator:
         """Refresh ``status.json``."""
         self._store.status(self.status(now))
 
+    def close(self) -> None:
+        """The process ends here: a run that is over for good has been told to its sites."""
+        if self._account.state is RunState.OVER:
+            self._store.close()
+
+
+def _of_this_machine(cause: BaseException | None) -> bool:
+    """Whether a failure is one of disk, database or permissions (FS-1349: the spool)."""
+    return isinstance(cause, EnvironmentProblem) or (isinstance(cause, FedsecureError) and cause.code == "FS-1349")
+
 
 def _run_failure(code: str, found: str, error: Exception) -> RunError:
     """What ends the run where nothing else could: the aggregator's own disk, or a method that fails."""
@@ -393,4 +503,4 @@ def _run_failure(code: str, found: str, error: Exception) -> RunError:
     return failure
 
 
-__all__ = ["PROTOCOL", "Coordinator", "Progress"]
+__all__ = ["PROTOCOL", "Coordinator"]

@@ -1,74 +1,118 @@
-"""``fedsecure serve`` as a program: one run, from listening to the last goodbye. Never imports torch."""
+"""``fedsecure serve`` as a program: one run or several, from listening to the last goodbye. Never imports torch.
+
+Killed at any point and started again, it takes up what is not over; one that is over for good is followed by a new run.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import fcntl
+import logging
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.aggregator.database import open_database
+from fedsecure.aggregator.house import House
 from fedsecure.aggregator.metrics import Metrics
-from fedsecure.aggregator.service import start
+from fedsecure.aggregator.service import Service, start
+from fedsecure.aggregator.store import begin, unfinished
 from fedsecure.config import FederationConfig
-from fedsecure.errors import RunError
+from fedsecure.errors import ConfigError, FedsecureError, RunError
 from fedsecure.files import make_folder, write_whole
-from fedsecure.identity.provision import load_identity
+from fedsecure.identity.provision import Identity, load_identity
 
 Announce = Callable[[str, bytes], None]
 Watch = Callable[[dict[str, Any]], None]
+# How often it looks whether the operator wants something else.
+_OBEY_SECONDS = 1.0
+_LOOK_SECONDS = 0.25
+log = logging.getLogger("fedsecure.aggregator")
 
 
-def serve(config: FederationConfig, *, announce: Announce, watch: Watch) -> dict[str, Any]:
-    """Run one run to its end.
+def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Watch) -> list[dict[str, Any]]:
+    """Serve one run of each file to its end, all on the first file's port and under its identity.
 
     Args:
-        config: ``federation.toml``.
-        announce: called once with the address listened on and the run's id.
-        watch: called about four times a second with the coordinator's status.
+        configs: ``federation.toml``, one or more with names of their own.
+        announce: called for each run with the address listened on and the run's id.
+        watch: called about four times a second with the status of each run.
 
     Returns:
-        The run's summary: rounds, attempts with survivors and reasons, evaluations.
+        Each run's summary: rounds, attempts with survivors and reasons, evaluations.
 
     Raises:
-        RunError: FS-1701 not enough sites came, FS-1702 a round failed too often, FS-1712 stopped by a signal.
-        EnvironmentProblem: FS-1801 the address cannot be listened on, FS-1802 the state folder cannot be written.
+        ConfigError: FS-1020 two files name the same federation, or another address or identity.
+        RunError: FS-1701 not enough sites came, FS-1702 a round failed too often, FS-1712 stopped by a signal, FS-1731
+            to FS-1735 the run that is not over cannot be taken up.
+        EnvironmentProblem: FS-1801 the address cannot be listened on, FS-1802 the state folder cannot be written,
+            FS-1830 to FS-1832 the database cannot be used.
         IdentityError: the aggregator's identity folder is not in order.
     """
-    return asyncio.run(_serve(config, announce, watch))
+    _check_together(configs)
+    return asyncio.run(_serve(configs, announce, watch))
 
 
-async def _serve(config: FederationConfig, announce: Announce, watch: Watch) -> dict[str, Any]:
-    identity = load_identity(config.identity)
-    make_folder(config.state)
-    run = os.urandom(16)
-    coordinator = Coordinator(config, identity, run=run, now=time.monotonic())
-    metrics = Metrics(run.hex()) if config.metrics else None
-    answering = metrics.serve(config.metrics) if metrics else None
-    try:
-        server, service, port = await start(coordinator, identity, config.listen)
-    except BaseException:
-        if answering:
-            answering.close()
-        raise
-    address = f"{config.listen.rpartition(':')[0]}:{port}"
-    write_whole(config.state / "address", address.encode())
-    announce(address, run)
+async def _serve(configs: Sequence[FederationConfig], announce: Announce, watch: Watch) -> list[dict[str, Any]]:
+    identity = load_identity(configs[0].identity)
+    with ExitStack() as held:
+        for folder in sorted({config.state for config in configs}):
+            held.enter_context(only_one(make_folder(folder)))
+        runs = [held.enter_context(_run(config, identity)) for config in configs]
+        house = House(runs)
+        metrics = [Metrics(core.run.hex()) if core.config.metrics else None for core in runs]
+        for core, one in zip(runs, metrics, strict=True):
+            if one:
+                answering = one.serve(core.config.metrics)
+                held.callback(answering.close)
+        server, service, port = await start(house, identity, configs[0].listen)
+        address = f"{configs[0].listen.rpartition(':')[0]}:{port}"
+        for core in runs:
+            write_whole(core.config.state / "address", address.encode())
+            announce(address, core.run)
 
-    def look() -> None:
-        status = coordinator.status(time.monotonic())
-        watch(status)
-        if metrics:
-            metrics.update(status, coordinator.attempts)
+        def look() -> None:
+            for core, one in zip(runs, metrics, strict=True):
+                status = core.status(time.monotonic())
+                watch(status)
+                if one:
+                    one.update(status, core.attempts)
 
+        try:
+            await _until_the_end(service, runs, look)
+        finally:
+            look()
+            await server.stop(grace=0.5)
+        for core in runs:
+            core.close()
+        for core in runs:
+            if core.outcome is None or not core.outcome["complete"]:
+                raise core.failure or AssertionError(core.outcome)
+        return [core.outcome for core in runs if core.outcome is not None]
+
+
+async def _until_the_end(service: Service, runs: Sequence[Coordinator], look: Callable[[], None]) -> None:
     async def show() -> None:
         while True:
             look()
-            await asyncio.sleep(0.25)
+            await asyncio.sleep(_LOOK_SECONDS)
 
-    main, shown = asyncio.create_task(service.run()), asyncio.create_task(show())
+    async def obey() -> None:
+        while True:
+            for core in runs:
+                try:
+                    core.obey(core.wanted(), time.monotonic())
+                except FedsecureError as error:
+                    log.warning("the operator's wishes cannot be read: %s", error)
+            await asyncio.sleep(_OBEY_SECONDS)
+
+    beside = [asyncio.create_task(show()), asyncio.create_task(obey())]
+    main = asyncio.create_task(service.run())
     loop = asyncio.get_running_loop()
     for name in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(name, main.cancel)
@@ -79,16 +123,62 @@ async def _serve(config: FederationConfig, announce: Announce, watch: Watch) -> 
             "FS-1712",
             "the aggregator was told to stop before the run was over",
             expected="a run that ends by itself",
-            cure="start it again; the sites' charges stand",
+            cure="start it again: the run goes on after its last sum; the sites' charges stand",
         ) from None
     finally:
-        shown.cancel()
-        look()
-        await server.stop(grace=0.5)
-        if answering:
-            answering.close()
-    outcome = coordinator.outcome
-    assert outcome is not None
-    if not outcome["complete"]:
-        raise coordinator.failure or AssertionError(outcome)
-    return outcome
+        for task in beside:
+            task.cancel()
+
+
+@contextmanager
+def _run(config: FederationConfig, identity: Identity) -> Iterator[Coordinator]:
+    """The run of a file: the one that is not over, or a new one."""
+    database = open_database(config)
+    try:
+        store = unfinished(database, config) or begin(database, config, os.urandom(16))
+        yield Coordinator(config, identity, store=store, now=time.monotonic())
+    finally:
+        database.close()
+
+
+@contextmanager
+def only_one(state: Path) -> Iterator[None]:
+    """Holds the state folder; raises RunError FS-1735 where another process does."""
+    descriptor = os.open(state / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise RunError(
+                "FS-1735",
+                f"another aggregator uses {state}",
+                expected="one `fedsecure serve` for each state folder",
+                cure="stop the other one, or name another folder as `state`",
+            ) from error
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _check_together(configs: Sequence[FederationConfig]) -> None:
+    names = [config.name for config in configs]
+    for what, values in (
+        ("address", {config.listen for config in configs}),
+        ("identity", {config.identity for config in configs}),
+    ):
+        if len(values) > 1:
+            raise _apart(f"{len(values)} different values of {what}")
+    if len(set(names)) != len(names):
+        raise _apart(f"the names {names}")
+
+
+def _apart(found: str) -> ConfigError:
+    return ConfigError(
+        "FS-1020",
+        f"runs served together with {found}",
+        expected="one `listen` and one `identity` for all of them, and a `name` for each",
+        cure="correct the files, or start an aggregator for each",
+    )
+
+
+__all__ = ["only_one", "serve"]

@@ -18,6 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedsecure.aggregator.coordinator import PROTOCOL, Coordinator
+from fedsecure.aggregator.house import House
 from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError, RunError, TransportError
 from fedsecure.identity.provision import Identity
 from fedsecure.transport.base import CHUNK_BYTES
@@ -36,9 +37,9 @@ log = logging.getLogger("fedsecure.aggregator")
 
 
 class Service(rpc.FederationServicer):
-    """gRPC face of one coordinator."""
+    """gRPC face of one coordinator, or of a house of several."""
 
-    def __init__(self, coordinator: Coordinator, identity: Identity) -> None:
+    def __init__(self, coordinator: Coordinator | House, identity: Identity) -> None:
         self._core = coordinator
         self._identity = identity
         self._changed = asyncio.Event()
@@ -47,13 +48,14 @@ class Service(rpc.FederationServicer):
 
     async def Greet(self, request: pb.GreetRequest, context: _Context) -> pb.GreetReply:
         try:
-            with self._call(context):
+            with self._call(context) as site:
+                core = self._core.chosen(site, request.federation)
                 return pb.GreetReply(
                     protocol=PROTOCOL,
-                    run=self._core.run,
-                    settings_json=self._core.settings.canonical(),
+                    run=core.run,
+                    settings_json=core.settings.canonical(),
                     unix_ms=time.time_ns() // 1_000_000,
-                    waiting=self._core.reason(time.monotonic()),
+                    waiting=core.reason(time.monotonic()),
                     roster_hash=self._identity.roster.hash,
                 )
         except Exception as error:
@@ -261,7 +263,9 @@ async def _refuse(context: _Context, error: Exception) -> NoReturn:
     raise AssertionError("abort raises")
 
 
-async def start(coordinator: Coordinator, identity: Identity, listen: str) -> tuple[grpc.aio.Server, Service, int]:
+async def start(
+    coordinator: Coordinator | House, identity: Identity, listen: str
+) -> tuple[grpc.aio.Server, Service, int]:
     """Bind and start; returns the server, the service and the port.
 
     Raises:

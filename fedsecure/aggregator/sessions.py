@@ -119,6 +119,11 @@ class Sessions:
         session = self._sessions.get(site)
         return session is not None and not session.leaving and now - session.heard <= self._silence
 
+    def leaving(self, site: str) -> str:
+        """The code with which the site left, if it has."""
+        session = self._sessions.get(site)
+        return session.leaving if session is not None else ""
+
     def takes_part(self, site: str, ctx: bytes, now: float) -> bool:
         """Whether the site is there with the keys of ``ctx``: not one that came, or came back, after its start."""
         return self.alive(site, now) and self._sessions[site].asked == ctx

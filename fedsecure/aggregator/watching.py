@@ -1,7 +1,7 @@
 """A run as its folder tells of it: for people, from another process than the aggregator's own.
 
-``fedsecure serve`` writes ``status.json`` twice a second, and a line into ``rounds.jsonl`` for each attempt. Reading
-them disturbs nothing; a status that is not renewed any more says that the aggregator is gone.
+``fedsecure serve`` writes ``status.json`` twice a second, with the last attempts in it. Reading it disturbs nothing; a
+status that is not renewed any more says that the aggregator is gone.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Sight:
     Attributes:
         folder: of the run.
         status: as ``status.json`` has it.
-        attempts: the last attempts, oldest first, as the round log has them.
+        attempts: the last attempts that are over, oldest first.
         age: seconds since the aggregator wrote its status.
     """
 
@@ -59,23 +59,13 @@ def look(state: Path, *, run: str = "", attempts: int = 5) -> Sight:
         raise _nothing(state, f"no run {run + '… ' if run else ''}with a status")
     newest = max(found, key=lambda file: found[file])
     try:
-        status = json.loads(_bounded(newest))
-        lines = _bounded(newest.with_name("rounds.jsonl")).splitlines() if attempts else []
-        # The line being written is not a line yet.
-        kept = tuple(json.loads(line) for line in lines[-attempts:] if line.endswith(b"}"))
+        with newest.open("rb") as opened:
+            status = json.loads(opened.read(_MOST_BYTES))
+        kept = tuple(status.pop("attempts")[-attempts:]) if attempts else ()
         status["stage"], status["waiting"], status["sites"], status["presence"], status["outcome"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _nothing(state, f"{newest} is no status ({type(error).__name__})") from error
     return Sight(newest.parent, status, kept, max(0.0, time.time() - found[newest]))
-
-
-def _bounded(file: Path) -> bytes:
-    """The end of a file, 16 MiB at most; nothing where there is no file yet."""
-    if not file.exists():
-        return b""
-    with file.open("rb") as opened:
-        opened.seek(max(0, file.stat().st_size - _MOST_BYTES))
-        return opened.read()
 
 
 def _nothing(state: Path, found: str) -> RunError:

@@ -11,6 +11,7 @@ from fedsecure.cli.doctor import doctor
 from fedsecure.cli.duplicates import duplicates
 from fedsecure.cli.records import audit, budget, report, transcript
 from fedsecure.cli.running import demo, init, join, plan, serve, simulate
+from fedsecure.cli.runs import runs
 from fedsecure.cli.using import evaluate, predict
 from fedsecure.cli.watching import status, top
 from fedsecure.errors import FedsecureError
@@ -25,7 +26,7 @@ app = typer.Typer(
 )
 for command in (demo, simulate, duplicates, plan, serve, status, top, join, doctor, init, predict, evaluate, audit):
     app.command()(command)
-for name, group in (("budget", budget), ("transcript", transcript), ("report", report)):
+for name, group in (("runs", runs), ("budget", budget), ("transcript", transcript), ("report", report)):
     app.add_typer(group, name=name)
 
 

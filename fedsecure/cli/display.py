@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +43,11 @@ def show_error(error: FedsecureError) -> None:
 def set_up_logging() -> None:
     """Plain lines on stderr; never a tensor, a count or a secret."""
     logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+
+
+def moment(seconds: float) -> str:
+    """A unix time as a date and a time of day in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def new_table(title: str | None, *columns: str) -> Table:

@@ -193,23 +193,26 @@ def plan(
 
 
 def serve(
-    config: Annotated[Path, typer.Option(help="federation.toml")],
+    config: Annotated[
+        list[Path], typer.Option(help="federation.toml; repeated for several runs at once behind one port.")
+    ],
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Run the aggregator of one run, until it ends."""
+    """Run the aggregator until the run ends. Started again after a crash or a stop, it goes on where the run was."""
     from fedsecure.aggregator.program import serve as run
     from fedsecure.cli.display import print_json, set_up_logging, show_outcome
     from fedsecure.cli.progress import serve_progress
     from fedsecure.config import FederationConfig, load
 
     set_up_logging()
-    loaded = load(config, FederationConfig)
-    with serve_progress(live=not (quiet or as_json)) as (announce, watch):
-        outcome = run(loaded, announce=announce, watch=watch)
+    loaded = [load(file, FederationConfig) for file in config]
+    with serve_progress(live=not (quiet or as_json) and len(loaded) == 1) as (announce, watch):
+        outcomes = run(loaded, announce=announce, watch=watch)
     if as_json:
-        print_json(outcome)
-    else:
+        print_json(outcomes[0] if len(outcomes) == 1 else {"runs": outcomes})
+        return
+    for outcome in outcomes:
         show_outcome(outcome)
 
 

@@ -229,7 +229,7 @@ class RunSettings(Section):
 
 
 # What of ``federation.toml`` is the aggregator's own and no part of the run.
-AGGREGATOR_KEYS = {"listen", "metrics", "state", "identity", "encoder_file", "target_file"}
+AGGREGATOR_KEYS = {"listen", "metrics", "database", "state", "identity", "encoder_file", "target_file"}
 
 
 class FederationConfig(RunSettings):
@@ -238,7 +238,10 @@ class FederationConfig(RunSettings):
     Attributes:
         listen: ``host:port``; port 0 takes a free one and prints it.
         metrics: ``host:port`` on which Prometheus may ask for metrics, without TLS; empty for none.
-        state: the aggregator's folder: models, round records, results.
+        database: SQLAlchemy's URL of the database of runs and rounds, such as ``postgresql+psycopg://user@host/name``;
+            empty for SQLite in ``state``. ``FEDSECURE_DATABASE`` in the environment takes its place, so that no
+            password need stand in the file.
+        state: the aggregator's folder: models, results, and the database.
         identity: folder with the aggregator's certificate, keys and the signed roster.
         encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that compute with the
             class texts between rounds.
@@ -247,6 +250,7 @@ class FederationConfig(RunSettings):
 
     listen: str = "127.0.0.1:0"
     metrics: str = ""
+    database: str = ""
     state: Path
     identity: Path
     encoder_file: Path | None = None

@@ -91,6 +91,7 @@ class SiteConfig(Section):
 
     Attributes:
         aggregator: ``host:port`` the site dials.
+        federation: which run is meant, where the aggregator serves several: the ``name`` in its settings.
         identity: folder with this site's keys, certificate and the signed roster.
         state: this site's folder: counters, method state, feature cache, reports.
         ledger: the budget ledger, an SQLite file; keep it with the data, not with the run.
@@ -103,6 +104,7 @@ class SiteConfig(Section):
 
     site: SiteId
     aggregator: str
+    federation: Annotated[str, Field(max_length=200)] = ""
     identity: Path
     state: Path
     ledger: Path

@@ -15,10 +15,13 @@ from importlib import import_module
 from typing import Any
 
 from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.aggregator.database import Database
+from fedsecure.aggregator.store import begin
 from fedsecure.client import Client, Moment
 from fedsecure.config import FederationConfig, SiteConfig
 from fedsecure.errors import RunError
 from fedsecure.extras import require
+from fedsecure.files import make_folder
 from fedsecure.identity.provision import load_identity
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
@@ -73,7 +76,9 @@ def run_in_memory(
     Raises:
         FedsecureError: the first that a site or the coordinator ended with.
     """
-    coordinator = Coordinator(config, load_identity(config.identity), run=os.urandom(16), now=time.monotonic())
+    database = Database("", make_folder(config.state))
+    store = begin(database, config, os.urandom(16))
+    coordinator = Coordinator(config, load_identity(config.identity), store=store, now=time.monotonic())
     gate, failed = threading.Condition(), threading.Event()
     reports: dict[str, Mapping[str, Any]] = {}
     traffic: dict[str, int] = {}

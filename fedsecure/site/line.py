@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
 from fedsecure.errors import FedsecureError, ProtocolError, RoundAborted, RunError
 from fedsecure.methods.base import Tensor
@@ -23,6 +25,7 @@ from fedsecure.transport.tensors import check_like, unpack_tensor
 from fedsecure.wire import federation_pb2 as pb
 
 log = logging.getLogger("fedsecure.client")
+_Reply = TypeVar("_Reply")
 PROTOCOL = 1
 GOODBYE_SECONDS = 2.0
 # The attempt, or its phase, is over at the aggregator: what becomes of it comes as the next directive.
@@ -45,49 +48,53 @@ class Moment:
 Progress = Callable[[Moment], None]
 
 
+@dataclass(slots=True)
+class _Place:
+    """Where a session is: its token, and the number of the last directive taken."""
+
+    session: bytes
+    seen: int = 0
+
+
 class Line:
-    """One session of one process.
+    """One process's session; another one of the same run where an aggregator that was restarted knows none any more.
 
     Args:
         transport: how to reach the aggregator.
         wait_seconds: longest wait for a directive that is of use.
         progress: called with a :class:`Moment` while waiting.
+        federation: which run is meant, where the aggregator serves several; empty for the only one.
     """
 
-    def __init__(self, transport: Transport, *, wait_seconds: float, progress: Progress) -> None:
+    def __init__(self, transport: Transport, *, wait_seconds: float, progress: Progress, federation: str = "") -> None:
         self.transport = transport
         self._wait_seconds = wait_seconds
         self._progress = progress
-        self._session = os.urandom(16)
-        self._seen = 0
+        self._federation = federation
+        self._place = _Place(os.urandom(16))
+        self._welcome: pb.JoinReply | None = None
+        self._roster_hash = b""
         self._held: pb.Directive | None = None
-        self._joined = False
         self._left = False
         self._pulse = threading.Event()
+        self._joining = threading.Lock()
 
     # --- the session ------------------------------------------------------------------------------------------------
 
     def join(self, roster_hash: bytes) -> pb.JoinReply:
         """Open the session; raises what the aggregator answers."""
-        reply = self.transport.join(
-            pb.JoinRequest(
-                protocol=PROTOCOL,
-                session=self._session,
-                roster_hash=roster_hash,
-                software="fedsecure",
-            )
-        )
-        self._joined = True
-        return reply
+        self._roster_hash = roster_hash
+        self._welcome = self._ask_to_join(self._place.session)
+        return self._welcome
 
     def start_pulse(self) -> None:
         """Beat from a thread of its own until the session ends."""
-        stop, transport, token = self._pulse, self.transport, self._session
+        stop = self._pulse
 
         def beat() -> None:
             while not stop.is_set():
                 try:
-                    transport.beat(pb.BeatRequest(session=token))
+                    self._again(lambda place: self.transport.beat(pb.BeatRequest(session=place.session)))
                 except (FedsecureError, ValueError):
                     stop.wait(1.0)
 
@@ -101,14 +108,14 @@ class Line:
 
     def leave(self, code: str) -> None:
         """Frees the session for this site's next process, and lets the others go on without it; once."""
-        if not self._joined or self._left:
+        if self._welcome is None or self._left:
             return
         self._left = True
         self._pulse.set()
 
         def goodbye() -> None:
             try:
-                self.transport.beat(pb.BeatRequest(session=self._session, leaving=code))
+                self.transport.beat(pb.BeatRequest(session=self._place.session, leaving=code))
             except (FedsecureError, ValueError):
                 log.info("the aggregator was not told")
 
@@ -121,7 +128,8 @@ class Line:
         """Tells the aggregator that the end was heard."""
         self._pulse.set()
         try:
-            self.transport.next(pb.NextRequest(session=self._session, after=self._seen))
+            place = self._place
+            self.transport.next(pb.NextRequest(session=place.session, after=place.seen))
         except FedsecureError:
             log.info("the aggregator left first")
 
@@ -129,6 +137,51 @@ class Line:
         """Stop the pulse and close the transport."""
         self._pulse.set()
         self.transport.close()
+
+    def _ask_to_join(self, session: bytes) -> pb.JoinReply:
+        return self.transport.join(
+            pb.JoinRequest(
+                protocol=PROTOCOL,
+                session=session,
+                roster_hash=self._roster_hash,
+                software="fedsecure",
+                federation=self._federation,
+            )
+        )
+
+    def _again(self, call: Callable[[_Place], _Reply]) -> _Reply:
+        """A call of this session; where an aggregator that was restarted knows none, of a new one in the same run."""
+        place = self._place
+        try:
+            return call(place)
+        except RunError as error:
+            if error.code != "FS-1705" or self._welcome is None or self._left:
+                raise
+            return call(self._join_again(place, self._welcome))
+
+    def _join_again(self, lost: _Place, welcome: pb.JoinReply) -> _Place:
+        """A new session in the same run, once for all threads.
+
+        Raises:
+            RunError: FS-1737 the aggregator serves another run now, or other settings.
+        """
+        with self._joining:
+            if self._place is lost:
+                session = os.urandom(16)
+                reply = self._ask_to_join(session)
+                if (reply.run, reply.settings_json) != (welcome.run, welcome.settings_json):
+                    raise RunError(
+                        "FS-1737",
+                        "the aggregator was restarted and serves another run now",
+                        expected=f"run {welcome.run.hex()[:8]}, which this site has joined",
+                        cure="join again; what was charged stays charged",
+                    )
+                log.info("joined again: the aggregator was restarted")
+                self._place = _Place(session)
+            return self._place
+
+    def _ask_next(self, place: _Place) -> tuple[_Place, pb.Directive]:
+        return place, self.transport.next(pb.NextRequest(session=place.session, after=place.seen))
 
     # --- what comes -------------------------------------------------------------------------------------------------
 
@@ -148,20 +201,20 @@ class Line:
             return held
         reason = "the aggregator sends nothing of use"
         while time.monotonic() <= give_up:
-            directive = self.transport.next(pb.NextRequest(session=self._session, after=self._seen))
+            place, directive = self._again(self._ask_next)
             kind = directive.WhichOneof("kind")
             if kind == "wait":
                 reason = printable(directive.wait.reason)
                 self._progress(Moment(reason))
                 continue
-            if kind is None or directive.sequence <= self._seen:
+            if kind is None or directive.sequence <= place.seen:
                 raise ProtocolError(
                     "FS-1375",
-                    f"directive {directive.sequence} of kind {kind} after directive {self._seen}",
+                    f"directive {directive.sequence} of kind {kind} after directive {place.seen}",
                     expected="a directive of this release with the next number",
                     cure="install the same fedsecure release on both sides",
                 )
-            self._seen = directive.sequence
+            place.seen = directive.sequence
             return directive
         raise RunError(
             "FS-1711",
@@ -206,24 +259,33 @@ class Line:
         """
         tensors = {}
         for name, digest in hashes.items():
-            blob = self.transport.fetch(pb.FetchRequest(session=self._session, digest=digest))
+            blob = self._again(partial(self._fetch, digest))
             tensors[name] = unpack_tensor(name, digest, blob)
             check_like(name, tensors[name], like[name])
         return tensors
+
+    def _fetch(self, digest: bytes, place: _Place) -> bytes:
+        return self.transport.fetch(pb.FetchRequest(session=place.session, digest=digest))
 
     # --- what goes --------------------------------------------------------------------------------------------------
 
     def send(self, ctx: bytes, payload: bytes) -> None:
         """A small protocol message."""
         with over_at_the_aggregator(*_OVER):
-            self.transport.send(pb.PhaseMessage(session=self._session, ctx=ctx, payload=payload))
+            self._again(
+                lambda place: self.transport.send(pb.PhaseMessage(session=place.session, ctx=ctx, payload=payload))
+            )
 
     def upload(self, ctx: bytes, sealed: MaskedInput) -> None:
         """The masked vector, with its signed header."""
         payload = memoryview(sealed.payload).cast("B")
-        header = pb.UploadHeader(session=self._session, ctx=ctx, header=sealed.header, size=len(payload))
-        with over_at_the_aggregator(*_OVER):
+
+        def upload(place: _Place) -> None:
+            header = pb.UploadHeader(session=place.session, ctx=ctx, header=sealed.header, size=len(payload))
             self.transport.upload(header, payload)
+
+        with over_at_the_aggregator(*_OVER):
+            self._again(upload)
 
 
 @contextmanager

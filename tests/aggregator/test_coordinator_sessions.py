@@ -248,10 +248,10 @@ def test_a_method_that_fails_ends_the_run_with_a_reason_for_the_sites(
 def test_a_model_that_is_ruined_ends_the_run_at_the_aggregator(stage: Stage) -> None:
     stage.all_join()
     tensors = stage.core._progress.state.tensors
-    stage.core._account.save(0, stage.core._progress)
+    stage.core._account._check_finite(stage.core._progress)
     next(iter(tensors.values()))[0, 0] = np.nan
     with pytest.raises(RunError, match="FS-1717"):
-        stage.core._account.save(0, stage.core._progress)
+        stage.core._account._check_finite(stage.core._progress)
 
 
 def test_an_upload_is_checked_before_a_byte_is_kept(stage: Stage) -> None:

@@ -89,7 +89,7 @@ def test_the_program_serves_them_and_stops(tmp_path: Path, monkeypatch: pytest.M
                 seen.append(answer.read().decode())
 
     with pytest.raises(RunError, match="FS-1701"):
-        serve(config, announce=lambda address, run: None, watch=watch)
+        serve([config], announce=lambda address, run: None, watch=watch)
     assert "fedsecure_rounds 0.0" in seen[0], "asked before the first look"
     with pytest.raises(OSError, match="refused"):
         urlopen(f"http://127.0.0.1:{servers[0].port}/metrics", timeout=60)

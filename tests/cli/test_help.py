@@ -69,11 +69,13 @@ def test_the_commands_are_all_there() -> None:
         "budget",
         "transcript",
         "audit",
+        "runs",
         "simulate",
     }
     assert {path[0] for path in PAGES if path} >= expected
     assert {path for path in PAGES if len(path) == 2} == {
         *(("budget", name) for name in ("show", "history", "set", "verify")),
+        *(("runs", name) for name in ("list", "show", "pause", "resume", "stop")),
         ("transcript", "verify"),
         ("report", "page"),
         ("report", "attach"),
@@ -115,6 +117,7 @@ def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
         "fedsecure.cli.options",
         "fedsecure.cli.records",
         "fedsecure.cli.running",
+        "fedsecure.cli.runs",
         "fedsecure.cli.using",
         "fedsecure.cli.watching",
         "fedsecure.errors",

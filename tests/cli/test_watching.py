@@ -110,11 +110,3 @@ def test_nothing_to_look_at(tmp_path: Path, command: Command) -> None:
     shown = command("status", "--config", file)
     assert shown.status == 1
     assert "FS-1723" in shown.err
-
-
-def test_a_line_of_the_round_log_that_is_being_written(tmp_path: Path) -> None:
-    world, _ = started(tmp_path)
-    (written,) = tmp_path.glob("aggregator/runs/*/status.json")
-    whole = b'{"round": 1}\n{"round": 2}\n{"rou'
-    written.with_name("rounds.jsonl").write_bytes(whole)
-    assert [a["round"] for a in look(world.coordinator.config.state).attempts] == [1, 2]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +10,8 @@ from typing import Any
 import pytest
 from e2e.processes import Deployment, fedsecure
 
+from fedsecure.aggregator.database import Database
+from fedsecure.aggregator.store import RunStore
 from fedsecure.identity.provision import provision
 from fedsecure.privacy.ledger import Ledger
 
@@ -30,9 +31,12 @@ def deploy(tmp_path: Path) -> Iterator[Any]:
 
 
 def rounds_of(deployment: Deployment) -> list[dict[str, Any]]:
-    (file,) = deployment.state.glob("runs/*/rounds.jsonl")
-    # A line without its end is still being written.
-    return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    (folder,) = deployment.state.glob("runs/*")
+    database = Database("", deployment.state)
+    try:
+        return RunStore(database, deployment.state, bytes.fromhex(folder.name)).attempts()
+    finally:
+        database.close()
 
 
 def test_the_aggregator_never_loads_torch_and_stays_small(deploy: Any) -> None:

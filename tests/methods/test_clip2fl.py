@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from fedsecure.aggregator.step_worker import StepWorker
+from fedsecure.aggregator.store import runs_of
 from fedsecure.config import Clip2flConfig, MethodConfig, PolicyConfig, RunSettings
 from fedsecure.errors import ConfigError
 from fedsecure.learning.features import SiteFeatures, load_site_features
@@ -57,8 +57,13 @@ def run_whole(world: World) -> dict[str, Any]:
 
 
 def saved_state(world: World) -> dict[str, Any]:
-    (folder,) = (world.folder / "aggregator" / "runs").iterdir()
-    return json.loads((folder / "state.json").read_text())
+    (row,) = runs_of(world.database)
+    return {"stage": row.stage, "step": row.step, "facts": {**row.facts, "evaluations": row.evaluations}}
+
+
+def saved_tensors(world: World) -> dict[str, Any]:
+    (file,) = world.folder.glob("aggregator/runs/*/model-*.safetensors")
+    return load_file(file)
 
 
 @pytest.mark.parametrize(
@@ -239,8 +244,7 @@ def test_the_sum_is_on_disk_before_the_computation_and_polls_are_answered_meanwh
     def patient(self: StepWorker, now: float) -> Any:
         if "reason" not in seen:
             # The state that is being computed with is already saved, and waiting sites are told what for.
-            (folder,) = (world.folder / "aggregator" / "runs").iterdir()
-            seen["names"] = set(load_file(folder / "state.safetensors"))
+            seen["names"] = set(saved_tensors(world))
             seen["reason"] = world.coordinator.reason(time.monotonic())
         seen["polls"] = seen.get("polls", 0) + 1
         return None if seen["polls"] < 5 else original(self, now)
@@ -267,8 +271,7 @@ def test_a_computation_that_dies_ends_the_run_with_its_sum_kept(tmp_path: Path, 
     outcome = world.coordinator.outcome
     assert outcome is not None
     assert (outcome["complete"], outcome["code"]) == (False, "FS-1721")
-    (folder,) = (world.folder / "aggregator" / "runs").iterdir()
-    assert "class_gradients" in load_file(folder / "state.safetensors")
+    assert "class_gradients" in saved_tensors(world)
     assert {error.code for error in world.errors.values()} == {"FS-1709"}  # type: ignore[attr-defined]
 
 
