@@ -47,7 +47,7 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
         Each run's summary: rounds, attempts with survivors and reasons, evaluations.
 
     Raises:
-        ConfigError: FS-1020 two files name the same federation, or another address or identity.
+        ConfigError: FS-1022 two files name the same federation, or another address or identity.
         RunError: FS-1701 not enough sites came, FS-1702 a round failed too often, FS-1712 stopped by a signal, FS-1731
             to FS-1735 the run that is not over cannot be taken up.
         EnvironmentProblem: FS-1801 the address cannot be listened on, FS-1802 the state folder cannot be written,
@@ -174,7 +174,7 @@ def _check_together(configs: Sequence[FederationConfig]) -> None:
 
 def _apart(found: str) -> ConfigError:
     return ConfigError(
-        "FS-1020",
+        "FS-1022",
         f"runs served together with {found}",
         expected="one `listen` and one `identity` for all of them, and a `name` for each",
         cure="correct the files, or start an aggregator for each",

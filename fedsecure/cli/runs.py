@@ -32,10 +32,10 @@ def list_runs(config: Config, as_json: Json = False) -> None:
     if as_json:
         print_json({"runs": found})
         return
-    table = new_table(None, "run", "federation", "begun", "changed", "state", "step", "ended")
+    table = new_table(None, "federation", "run", "begun, UTC", "rounds", "now")
     for one in found:
-        begun, changed = moment(one["begun"]), moment(one["changed"])
-        table.add_row(one["run"][:8], one["federation"], begun, changed, one["state"], str(one["step"]), one["ended"])
+        now = one["ended"] or one["state"]
+        table.add_row(one["federation"], one["run"][:8], moment(one["begun"]), str(one["step"]), now)
     out.print(table)
 
 
@@ -63,9 +63,12 @@ def show_run(config: Config, run: Run = "", as_json: Json = False) -> None:
             one["stage"],
             f"{len(survivors)} of {len(one['cohort'])}" if survivors is not None else "–",
             f"{one['seconds']:.1f}",
-            one.get("aborted", ""),
+            str(one.get("code") or ""),
         )
     out.print(table)
+    for one in attempts:
+        if "aborted" in one:
+            out.print(f"round {one['round']}, attempt {one['attempt']}: {one['aborted']}", soft_wrap=True, markup=False)
 
 
 @runs.command("pause")
