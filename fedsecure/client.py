@@ -234,7 +234,7 @@ class Client:
 
         Raises:
             PrivacyError: the site's policy or budget refuses; nothing was read. FS-1228 the data set given is not the
-                one that the site's file declares; FS-1229 patients to train on are in a private evaluation set too.
+                one that the site's file declares; FS-1229 patients or records are to be trained on and evaluated.
             DataError: FS-1126 the data set's classes are not the run's; others, charged since some records were read:
                 they cannot be used.
         """

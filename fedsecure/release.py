@@ -309,11 +309,14 @@ class Door:
                     )
             elif used.read_private:
                 declared = sum(event.steps for event in charged if policy.by_steps(event, self.settings))
-                if self.settings.privacy.noise != "local" or used.steps_taken != declared:
+                # The noise of local steps is on what was trained, and on nothing that was read beside it.
+                trained = used.read_private == {"train"} and declared > 0
+                if not trained or self.settings.privacy.noise != "local" or used.steps_taken != declared:
                     raise PrivacyError(
                         "FS-1245",
                         f"segment {segment.name!r} would leave without noise after {used.steps_taken} noisy steps",
-                        expected=f"noise from the door, or all {declared} declared local steps",
+                        expected="noise from the door; or training units alone and all declared local steps "
+                        f"({declared})",
                         cure="report it to the method's author",
                     )
         for event in charged:

@@ -20,7 +20,18 @@ from fedsecure.privacy import accounting
 from fedsecure.privacy.ledger import Entry, Ledger, Limit
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.privacy.policy import collusion
-from fedsecure.privacy.report_figures import by_purpose, compact, finite, price, remaining, several_sites, shares
+from fedsecure.privacy.report_figures import (
+    attack_at,
+    by_purpose,
+    compact,
+    finite,
+    paid_in_training,
+    price,
+    remaining,
+    resting_on_others,
+    several_sites,
+    shares,
+)
 from fedsecure.privacy.report_text import SEEDED, assumptions, not_protected, stamp, statement
 
 SCHEMA = "fedsecure/privacy-report"
@@ -90,7 +101,8 @@ def site_report(
         "site": site,
         "role": role,
         **headline(
-            budgets, role=role, site=site, unit=privacy.unit, delta=delta, seeded=seeded, no_privacy=no_privacy
+            budgets, role=role, site=site, unit=privacy.unit, delta=delta, seeded=seeded, no_privacy=no_privacy,
+            colluders=colluders,
         ),
         "delta": delta,
         "unit": privacy.unit,
@@ -129,8 +141,9 @@ def headline(
     delta: float,
     seeded: bool,
     no_privacy: str | None,
+    colluders: int,
 ) -> dict[str, Any]:
-    """``statement``, ``epsilon``, ``epsilon_evaluation`` and ``mu`` of one site, from its budgets."""
+    """``statement``, ``epsilon``, ``epsilon_evaluation`` and ``mu`` of one site, from its budgets and c."""
     paid = {population: budget["this_run"] for population, budget in budgets.items() if budget["releases"]}
     trained = paid.get("train")
     none = 0.0 if role == "train" else None
@@ -140,6 +153,7 @@ def headline(
         "statement": statement(
             role=role, site=site, unit=unit, delta=delta, epsilon=trained["epsilon"] if trained else None,
             evaluation=evaluation, attack=attack, seeded=seeded, no_privacy=no_privacy,
+            **resting_on_others(trained, colluders),
         ),
         "epsilon": trained["epsilon"] if trained else none,
         "epsilon_evaluation": evaluation,
@@ -179,9 +193,12 @@ def network_report(sites: Sequence[Mapping[str, Any]], *, audit: Mapping[str, An
     no_privacy = next(filter(None, (report.get("no_privacy") for report in sites)), None)
     declared = max(report.get("max_sites_per_patient", 1) for report in sites)
     several = several_sites(sites, first["delta"], declared=declared)
+    others = resting_on_others(paid_in_training(worst), first["secagg"]["colluders"])
+    if declared > 1:
+        others["beyond"] = None  # it is one site's, and the unit is at several
     epsilon, mu, evaluation, attack = worst["epsilon"], worst["mu"], max(evaluated, default=None), None
     if declared == 1:
-        attack = _attack_at(worst, 0.01)
+        attack = attack_at(worst, 0.01)
     else:
         for row in several["figures"]:
             if row["sites"] <= declared and row["population"] == "train":
@@ -199,6 +216,7 @@ def network_report(sites: Sequence[Mapping[str, Any]], *, audit: Mapping[str, An
         "statement": statement(
             role="train", site="a hospital of the network", unit=first["unit"], delta=first["delta"],
             epsilon=epsilon, evaluation=evaluation, seeded=seeded, no_privacy=no_privacy, attack=attack, sites=declared,
+            **others,
         ),
         "epsilon": epsilon,
         "epsilon_evaluation": evaluation,
@@ -377,14 +395,6 @@ def _ratio(facts: Mapping[str, Any], index: int) -> float | None:
     if index >= len(totals) or totals[index] < 1:
         return None
     return min(1.0, max(0.0, float(hits[index]) / float(totals[index])))
-
-
-def _attack_at(report: Mapping[str, Any], fpr: float) -> Mapping[str, Any] | None:
-    budget = report["budgets"].get("train")
-    if budget is None or not budget["releases"]:
-        return None
-    found: Mapping[str, Any] = min(budget["this_run"]["attack"], key=lambda a: abs(a["fpr"] - fpr))
-    return found
 
 
 def _version(name: str) -> str | None:

@@ -189,6 +189,26 @@ def _weight(event: Event) -> float:
     return event.steps * event.sampling_rate**2 / event.noise_multiplier**2
 
 
+def paid_in_training(report: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """What a site's training units paid in this run, if they paid anything."""
+    budget = report["budgets"].get("train")
+    return None if budget is None or not budget["releases"] else budget["this_run"]
+
+
+def attack_at(report: Mapping[str, Any], fpr: float) -> Mapping[str, Any] | None:
+    """The figure of a site's ``attack`` that is nearest to a false-positive rate."""
+    paid = paid_in_training(report)
+    return None if paid is None else min(paid["attack"], key=lambda a: abs(float(a["fpr"]) - fpr))
+
+
+def resting_on_others(paid: Mapping[str, Any] | None, colluders: int) -> dict[str, Any]:
+    """``colluders`` and ``beyond`` of the statement: both ``None`` where a site's own noise gives the whole ε."""
+    beyond = {each["name"]: each["epsilon"] for each in paid["adversaries"]}["beyond"] if paid else None
+    if paid is None or paid["epsilon"] is None or beyond == paid["epsilon"]:
+        return {"colluders": None, "beyond": None}
+    return {"colluders": colluders, "beyond": beyond}
+
+
 def finite(value: float) -> float | None:
     """The value, or ``None`` where it has no bound."""
     return value if math.isfinite(value) else None

@@ -129,6 +129,8 @@ def statement(
     seeded: bool,
     no_privacy: str | None = None,
     sites: int = 1,
+    colluders: int | None = None,
+    beyond: float | None = None,
 ) -> str:
     """The report in words for a reader who knows no mathematics.
 
@@ -138,6 +140,8 @@ def statement(
         attack: ``fpr`` and ``tpr`` of a membership attack.
         seeded, no_privacy: whether the noise came from a seed; why the run's settings do without privacy.
         sites: at how many sites a unit may be.
+        colluders: c, where ε rests on other sites' noise too; ``None`` where it does not.
+        beyond: ε where more than c sites collude, if it is known.
     """
     if seeded:
         return (
@@ -165,6 +169,12 @@ def statement(
             parts.append(
                 f"An attacker who wrongly accuses {attack['fpr']:.0%} of the {many} that were not used recognises at "
                 f"most {attack['tpr']:.1%} of those that were."
+            )
+        if colluders is not None:
+            parts.append(
+                f"Part of the noise is the other sites': this holds as long as no more than {colluders} of them "
+                f"work{'s' * (colluders == 1)} together with the aggregator"
+                + ("." if beyond is None else f", and with more of them ε is {beyond:.2f}.")
             )
     if sites > 1 and parts:
         parts.append(f"This holds for a {one} whose records are at up to {sites} sites.")

@@ -252,7 +252,15 @@ def _check_site(site: Mapping[str, Any], check: _Check) -> None:
                 after = accounting.epsilon(spent, delta=delta)
                 check.same(row["epsilon_after"], after, f"{where}: epsilon_after of round {row['round']}")
     marks = {"seeded": site["seeded"], "no_privacy": site.get("no_privacy")}
-    expected = headline(site["budgets"], role=site["role"], site=name, unit=site["unit"], delta=delta, **marks)
+    expected = headline(
+        site["budgets"],
+        role=site["role"],
+        site=name,
+        unit=site["unit"],
+        delta=delta,
+        colluders=site["secagg"]["colluders"],
+        **marks,
+    )
     for key, value in expected.items():
         check.same(site[key], value, f"{name}: {key}")
     check.same(site["stamp"], stamp(**marks), f"{name}: stamp")

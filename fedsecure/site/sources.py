@@ -34,7 +34,7 @@ class Sources:
     progress: Progress
     _loaded: dict[Population, tuple[Dataset | None, UnitFeatures]] = field(default_factory=dict)
     _hashes: dict[Population, tuple[Dataset | None, Sequence[bytes]]] = field(default_factory=dict)
-    _patients: dict[Population, frozenset[str]] = field(default_factory=dict)
+    _seen: dict[Population, frozenset[str]] = field(default_factory=dict)
 
     def door(self, dataset: Dataset | None, evaluation: Dataset | None) -> Door:
         """The door of one question, over the data sets given or, by default, those of the site's file.
@@ -108,7 +108,7 @@ class Sources:
                 # Before anything is charged: reading would refuse it as well, and too late.
                 check_patients(records, self.member.settings.privacy.unit)
                 self._check_count(population, records)
-                place = f"{section.path.resolve()}/{section.split or ''}"
+                place = _place(section)
                 patients = records.patient_ids
                 ids = (
                     [f"patient/{name}" for name in dict.fromkeys(patients)]
@@ -131,7 +131,7 @@ class Sources:
             if earlier is None or earlier[0] is not given:
                 self.progress(Moment(f"reading and encoding {section.name}"))
                 records = self._open(section, given)
-                self._check_disjoint(population, records)
+                self._check_disjoint(population, records, section, given)
                 units = load_units(
                     records,
                     member.features,
@@ -160,19 +160,32 @@ class Sources:
         units = len(set(records.record_ids if patients is None else patients))
         check_declared(units, self._declared(population), dataset=records.name)
 
-    def _check_disjoint(self, population: Population, records: Dataset) -> None:
-        """Training and private evaluation are charged apart, which holds for patients who are in one of them only."""
+    def _check_disjoint(
+        self, population: Population, records: Dataset, section: DatasetConfig, given: Dataset | None
+    ) -> None:
+        """Training and private evaluation are charged apart, which holds for units that are in one of them only."""
         member = self.member
-        if member.settings.privacy.unit != "patient" or (population == "evaluation" and member.evaluation_public):
+        if population == "evaluation" and member.evaluation_public:
             return
         records.index()
-        mine = frozenset(records.patient_ids or ())
-        both = mine & self._patients.get("evaluation" if population == "train" else "train", frozenset())
+        if member.settings.privacy.unit == "patient":
+            mine, what = frozenset(records.patient_ids or ()), "patient"
+        else:
+            # Arrays have no place: what they hold is known to whoever made them alone.
+            place = _place(section) if given is None else None
+            mine = frozenset(() if place is None else (f"{place}/{name}" for name in records.record_ids))
+            what = "record"
+        both = mine & self._seen.get("evaluation" if population == "train" else "train", frozenset())
         if both:
             raise PrivacyError(
                 "FS-1229",
-                f"{len(both)} patients are in the training set and in the private evaluation set",
-                expected="every patient in one of the two: each set is charged to its own patients",
-                cure="split by patient, for instance with `holdout` and `part`",
+                f"{len(both)} {what}(s) are in the training set and in the private evaluation set",
+                expected=f"every {what} in one of the two: each set is charged to its own {what}s",
+                cure=f"split by {what}, for instance with `holdout` and `part`",
             )
-        self._patients[population] = mine
+        self._seen[population] = mine
+
+
+def _place(section: DatasetConfig) -> str:
+    """Where a data set's records are: what tells apart records of one name."""
+    return f"{section.path.resolve()}/{section.split or ''}"

@@ -393,6 +393,27 @@ def test_a_patient_is_in_the_training_set_or_in_the_private_evaluation_set(tmp_p
                     sources["evaluation"].load()
 
 
+def test_a_record_is_in_the_training_set_or_in_the_private_evaluation_set(tmp_path: Path) -> None:
+    world = World(tmp_path, public_evaluation=False)
+    world.start()
+    with world.client("site-1") as client:
+        train, apart = client.config.train, client.config.evaluation
+        assert train is not None
+        assert apart is not None
+        for evaluation, fine in ((apart, True), (train.model_copy(update={"name": apart.name}), False)):
+            client._sources.member = replace(
+                client._sources.member, config=client.config.model_copy(update={"evaluation": evaluation})
+            )
+            loaders = client._sources.door(None, None).sources
+            loaders["train"].load()
+            if fine:
+                loaders["evaluation"].load()
+                client._sources._loaded.clear()
+            else:
+                with pytest.raises(PrivacyError, match=r"FS-1229.*record"):
+                    loaders["evaluation"].load()
+
+
 def test_the_encoder_config_still_takes_tags() -> None:
     config = EncoderConfig(model="ViT-B-16", pretrained="laion2b_s34b_b88k", dimension=512, fingerprint="0" * 64)
     assert config.prompt.format("x")

@@ -240,6 +240,27 @@ def test_local_noise_cannot_be_saved(bench: Any, half: Half, code: str) -> None:
     bench(noise="local").refused(half, code)
 
 
+@pytest.mark.parametrize("trains", [False, True], ids=["evaluation alone", "beside noisy steps"])
+def test_the_noise_of_local_steps_does_not_stand_for_that_of_evaluation_units(bench: Any, trains: bool) -> None:
+    def half(release: Release) -> Answer:
+        units = release.units("evaluation")
+        assert units is not None
+        if trains:
+            steps(release, 3)
+        return Answer({"v": np.full(LENGTH, 1e-6 * len(units))}, {"v": len(units)})
+
+    site = bench(noise="local")
+    site.door.sources = {**site.sources, "evaluation": Source("test scans", False, site._load)}
+    # Another site's set is public, so that segments without noise are no surprise.
+    sites = {**site.door.settings.sites, "w": SiteEntry(role="evaluate", evaluation_units=9, evaluation_public=True)}
+    site.door.settings = site.door.settings.model_copy(update={"sites": sites})
+    (training,) = site.query().events
+    paid = Event("evaluation", "evaluation counts", Z, Z)
+    with pytest.raises(PrivacyError, match="FS-1245"):
+        site.ask(half, site.query(events=(training, paid) if trains else (paid,)))
+    assert not site.sent
+
+
 @pytest.mark.parametrize("draws", [0, 2])
 def test_a_price_for_a_sample_needs_the_sample(bench: Any, draws: int) -> None:
     def half(release: Release) -> Answer:

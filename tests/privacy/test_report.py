@@ -152,6 +152,25 @@ def test_figures_are_recomputed_from_the_ledger(tmp_path: Path) -> None:
     assert f"{report['epsilon']:.2f}" in report["statement"]
 
 
+def test_the_statement_says_that_it_rests_on_the_noise_of_other_sites(tmp_path: Path) -> None:
+    def beyond(report: dict[str, Any]) -> str:
+        return f"{report['budgets']['train']['this_run']['adversaries'][2]['epsilon']:.2f}"
+
+    for place in ("shared", "local", "joined", "several"):
+        (tmp_path / place).mkdir()
+    shared, local = trainer(tmp_path / "shared"), trainer(tmp_path / "local", noise="local")
+    colluders = shared["secagg"]["colluders"]
+    assert f"no more than {colluders} of them" in shared["statement"]
+    assert f"with more of them ε is {beyond(shared)}" in shared["statement"]
+    assert "together with the aggregator" not in local["statement"], "a site's own noise gives the whole ε"
+    joined = network(tmp_path / "joined")
+    assert f"no more than {colluders} of them" in joined["statement"]
+    assert beyond(shared) in joined["statement"]
+    several = network(tmp_path / "several", max_sites_per_patient=2)
+    assert f"no more than {colluders} of them" in several["statement"]
+    assert beyond(shared) not in several["statement"], "that is for a unit at one site"
+
+
 def test_other_runs_on_the_same_data_are_shown_and_voids_are_not_charged(tmp_path: Path) -> None:
     settings = run_settings()
     plan = run_plan(settings)
