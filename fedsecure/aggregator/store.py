@@ -37,7 +37,7 @@ from fedsecure.methods.base import ServerState
 
 Wanted = Literal["run", "pause", "stop"]
 Clock = Callable[[], float]
-RESTARTED = {"aborted": "the aggregator ended in the middle of this attempt", "code": "FS-1730"}
+RESTARTED = dict(aborted="the aggregator ended in the middle of this attempt", code="FS-1730")
 _MAX_MODEL_BYTES = 1 << 32
 
 

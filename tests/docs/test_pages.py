@@ -9,6 +9,7 @@ import pytest
 from docs_pages import DOCS, ROOT, anchors, blocks, links, page, prose, sections, table
 from test_floors import FLOOR, FORBIDDEN
 
+from fedsecure.aggregator.states import FOLLOWING
 from fedsecure.secagg.client import State
 
 PAGES = sorted(DOCS.glob("*.md"))
@@ -67,8 +68,19 @@ def test_the_packages_that_stay_outside_are_those_that_are_enforced(package: str
     assert set(re.findall(r"`(\w+)`", said)) == {room for room, packages in FORBIDDEN.items() if package in packages}
 
 
+def test_the_diagram_of_states_is_the_rules() -> None:
+    diagrams = [block.text for block in blocks(page("architecture.md"), "mermaid")]
+    (diagram,) = [text for text in diagrams if text.startswith("stateDiagram")]
+    arrows = {(a, b) for a, b in re.findall(r"(\w+) --> (\w+)", diagram)}
+    every = {(now.value, then.value) for now, those in FOLLOWING.items() for then in those}
+    assert arrows <= every
+    # Left out of the picture: what the text under it says of every state, and repeats.
+    assert all(then in ("waiting", "over") or now == then for now, then in every - arrows)
+
+
 def test_the_diagram_has_every_phase_in_order() -> None:
-    (diagram,) = [block.text for block in blocks(page("architecture.md"), "mermaid")]
+    diagrams = [block.text for block in blocks(page("architecture.md"), "mermaid")]
+    (diagram,) = [text for text in diagrams if text.startswith("sequenceDiagram")]
     assert re.findall(r"\bR\d\b", diagram) == ["R0", "R1", "R2", "R3", "R4"]
     assert diagram.index("reserve") < diagram.index("read, answer") < diagram.index("commit") < diagram.index("R2")
     assert [state.value for state in State][1:7] == ["advertised", "shared", "received", "masked", "signed", "unmasked"]
