@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,13 @@ class Served:
         line = self.line(name)
         roster = self.core._identity.roster
         line.join(pb.JoinRequest(protocol=1, session=self.tokens[name], roster_hash=roster.hash))
+
+        async def ready() -> None:
+            # As the first poll or beat does, without waiting for its answer.
+            self.core.beat(name, self.tokens[name], time.monotonic())
+            self.service._progress()
+
+        asyncio.run_coroutine_threadsafe(ready(), self.loop).result(10)
         return line
 
     def stop(self) -> None:

@@ -193,7 +193,7 @@ class Coordinator:
             return "the operator has paused the run"
         cohort, _ = self._cohort()
         running = self._set_up if self._preparing else self._attempt
-        missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.alive(s, now)]
+        missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.ready(s, now)]
         seen = [self.sessions.last_seen(site, now) for site in missing]
         what = f"{running.phase.name.lower()} of round {self._account.round}" if running else "joining"
         return f"{what}: waiting for {len(missing)} of {len(cohort)} sites" + (": " + ", ".join(seen) if seen else "")
@@ -338,7 +338,7 @@ class Coordinator:
             return False
         self._require_attempts_left()
         sites, cohort = self._cohort()
-        live = [site for site in sites if self.sessions.alive(site, now)]
+        live = [site for site in sites if self.sessions.ready(site, now)]
         patient = now - self._waiting_since < self.config.rounds.start_seconds
         # The first question of a process waits for everybody; later ones for those it cannot do without.
         wanted = len(sites) if self._first_round and patient else cohort.min_survivors

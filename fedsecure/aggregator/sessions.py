@@ -30,7 +30,8 @@ class Session:
     """One process of one site.
 
     ``asked`` is the context of the question it got last: a process that joined later has no keys of an attempt in
-    progress. ``leaving`` is the code it gave for going.
+    progress. ``leaving`` is the code it gave for going. ``ready``: it has asked for something to do; between joining and
+    that a site loads its encoder and checks its budget.
     """
 
     token: bytes
@@ -40,6 +41,7 @@ class Session:
     asked: bytes = b""
     left: bool = False
     leaving: str = ""
+    ready: bool = False
 
 
 class Sessions:
@@ -88,6 +90,7 @@ class Sessions:
     def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
         """The first directive after number ``after``, or None if there is nothing yet."""
         session = self.hear(site, token, now)
+        session.ready = True
         while session.outbox and session.outbox[0].sequence <= after:
             done = session.outbox.popleft()
             session.left = session.left or done.WhichOneof("kind") == "finished"
@@ -98,6 +101,7 @@ class Sessions:
     def beat(self, site: str, token: bytes, now: float, leaving: str) -> None:
         """The site is there; or it is leaving, for the reason with that code."""
         session = self.hear(site, token, now)
+        session.ready = True
         if _CODE.fullmatch(leaving):
             session.leaving = leaving
             log.warning("%s leaves: %s", site, leaving)
@@ -118,6 +122,10 @@ class Sessions:
         """Whether the site has joined, has not left, and was heard of lately."""
         session = self._sessions.get(site)
         return session is not None and not session.leaving and now - session.heard <= self._silence
+
+    def ready(self, site: str, now: float) -> bool:
+        """Whether the site is there and can be asked."""
+        return self.alive(site, now) and self._sessions[site].ready
 
     def leaving(self, site: str) -> str:
         """The code with which the site left, if it has."""

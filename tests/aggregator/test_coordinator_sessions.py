@@ -37,6 +37,7 @@ class Stage:
         roster = self.core._identity.roster
         request = pb.JoinRequest(protocol=1, session=self.tokens[name], roster_hash=roster.hash)
         self.core.join(name, request, self.now)
+        self.core.beat(name, self.tokens[name], self.now)
 
     def all_join(self) -> None:
         for name in self.world.names:
@@ -83,6 +84,19 @@ def test_a_site_that_comes_back_as_a_new_process_does_not_hold_up_the_attempt(st
     directive = stage.poll("site-2")
     assert directive is not None
     assert json.loads(directive.ask.query_json)["attempt"] == 1, "it takes part in the next attempt at once"
+
+
+def test_a_site_that_has_joined_and_still_loads_its_encoder_is_not_asked_yet(stage: Stage) -> None:
+    for name in ("site-1", "site-3"):
+        stage.join(name)
+    request = pb.JoinRequest(protocol=1, session=bytes(16), roster_hash=stage.core._identity.roster.hash)
+    stage.core.join("site-2", request, stage.now)
+    stage.core.tick(stage.now)
+    assert stage.core._attempt is None
+    assert "site-2 last heard" in stage.core.reason(stage.now)
+    stage.core.poll("site-2", bytes(16), 0, stage.now)
+    stage.core.tick(stage.now)
+    assert stage.core._attempt is not None
 
 
 def test_a_site_that_goes_on_is_waited_for(stage: Stage) -> None:
