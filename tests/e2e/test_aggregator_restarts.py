@@ -1,4 +1,4 @@
-"""The deployed aggregator killed with SIGKILL, again and again, over real sockets: the run ends as if nothing had been."""
+"""The deployed aggregator killed with SIGKILL, again and again, over real sockets: the run ends as if not."""
 
 from __future__ import annotations
 
