@@ -78,12 +78,12 @@ def test_a_handshake_that_breaks_off_is_tried_until_patience_ends(
 
 def test_another_federations_certificate_is_said_at_once(served: Served, tmp_path: Path) -> None:
     made = provision(tmp_path / "other", federation="x", sites={"site-1": "train"}, hosts=("localhost",))
-    with pytest.raises(IdentityError, match="FS-1453"):
+    with pytest.raises(IdentityError, match="FS-1456"):
         greet(f"localhost:{served.port}", load_identity(made.sites["site-1"]), seconds=3600.0)
 
 
 def test_a_host_that_the_certificate_does_not_name_is_said_at_once(served: Served) -> None:
-    with pytest.raises(IdentityError, match="FS-1453"):
+    with pytest.raises(IdentityError, match="FS-1457"):
         greet(f"127.0.0.1:{served.port}", own(served), seconds=3600.0)
 
 
@@ -95,7 +95,7 @@ def speaks_http(connection: socket.socket) -> None:
 
 
 def test_a_port_without_tls_is_said_at_once(served: Served) -> None:
-    with answering(speaks_http) as address, pytest.raises(IdentityError, match="FS-1453"):
+    with answering(speaks_http) as address, pytest.raises(TransportError, match="FS-1522"):
         greet(address, own(served), seconds=3600.0)
 
 
