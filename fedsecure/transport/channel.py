@@ -192,7 +192,7 @@ class GrpcTransport:
                         raise problem from None
                 pause = retries.pause(time.monotonic(), asked=asked or 0.0)
                 if pause is None:
-                    raise (known or self._unreachable(error)) from None
+                    raise (known or self._gave_up(error)) from None
                 time.sleep(pause)
                 continue
             with self._count:
@@ -231,12 +231,18 @@ class GrpcTransport:
             return error
         return IdentityError(
             "FS-1453",
-            f"{self._address} is the roster's aggregator, and the TLS handshake with it failed",
+            f"{self._address} is the roster's aggregator, and accepts no connection of this site",
             expected="a certificate of this site that the aggregator accepts, in TLS 1.3",
             cure="check this machine's clock; ask the coordinator for a new certificate",
         )
 
-    def _unreachable(self, error: grpc.RpcError) -> TransportError:
+    def _gave_up(self, error: grpc.RpcError) -> FedsecureError:
+        """Why a line never came to be. In TLS 1.3 a client whose certificate is refused only sees the line closed."""
+        text = (error.details() or "").lower()
+        if "failed to connect" in text and "refused" not in text:
+            problem = self._untrusted()
+            if isinstance(problem, IdentityError):
+                return problem
         return TransportError(
             "FS-1501",
             f"no answer from {self._address} for {self._patience:g} s ({error.code().name})",
