@@ -95,9 +95,17 @@ def test_a_run_completes_although_every_line_is_cut_again_and_again(served: Serv
 def test_an_upload_goes_on_where_it_was_cut(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Wide(served, monkeypatch)
     with Proxy(served.port, Weather(cut_after=3 * CHUNK_BYTES, cuts=2)) as proxy:
-        line = served.joined("site-1", port=proxy.port)
+        line, starts = served.joined("site-1", port=proxy.port), list[int]()
+        cut_up = line._parts
+
+        def parts(header: pb.UploadHeader, payload: memoryview, start: int) -> Iterator[pb.UploadPart]:
+            starts.append(start)
+            return cut_up(header, payload, start)
+
+        monkeypatch.setattr(line, "_parts", parts)
         line.upload(wide.header(served), memoryview(wide.payload))
         assert proxy.cut == 2
+        assert starts[0] == 0 < starts[-1], "the last stream had less to carry"
         assert wide.whole == [wide.payload], "counted once"
         assert wide.rooms == 1, "what had come was kept"
         # Of each cut stream some chunks are lost with gRPC's window, and no more.
