@@ -1,4 +1,4 @@
-"""Masked vectors on their way in: chunk by chunk into a buffer that outlives a broken stream, one for each site and run.
+"""Masked vectors on their way in: chunk by chunk into a buffer that outlives a broken stream, one a site and run.
 
 Chunks come in order, each of 1 MiB but the last, each with its SHA-256 since version 2 of the wire protocol. What has
 come is kept until the vector is whole, the site begins another, or the attempt takes no uploads any more. Nothing here
@@ -41,7 +41,7 @@ class Partial:
 
 
 class Uploads:
-    """At most one vector of each site in each attempt, filled by at most one stream; a run has one attempt at a time."""
+    """At most one vector of each site in each attempt, and a run has one attempt at a time; filled by one stream."""
 
     def __init__(self) -> None:
         self._partials: dict[tuple[str, bytes], Partial] = {}

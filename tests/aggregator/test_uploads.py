@@ -65,7 +65,7 @@ def test_a_broken_stream_goes_on_where_it_broke(breaks: list[int]) -> None:
         with pytest.raises((ConnectionError, TransportError)):
             fill(uploads, partial, *ahead[:through], ConnectionError())
         assert uploads.find("a", HEADER) is partial
-        assert not uploads.busy("a")
+        assert not uploads.busy("a", HEADER.ctx)
     before = partial.filled
     fill(uploads, partial, *(WHOLE[partial.filled // 3 :] if partial.filled < 8 else []))
     assert bytes(partial.whole) == b"abcdefgh"
@@ -129,7 +129,7 @@ def test_a_half_open_upload_ends_and_is_kept(monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(TransportError, match="FS-1512"):
         asyncio.run(uploads.fill("a", partial, stalled(), still_on=lambda: None))
     assert partial.filled == 3
-    assert not uploads.busy("a")
+    assert not uploads.busy("a", HEADER.ctx)
 
 
 def test_one_stream_at_a_time_and_who_asks_takes_over() -> None:
@@ -190,10 +190,14 @@ def test_what_has_come_goes_with_the_attempt_and_one_site_has_one() -> None:
     uploads = Uploads()
     first = begun(uploads)
     second = begun(uploads)
+    other_run = pb.UploadHeader(session=bytes(16), ctx=b"of another run", header=b"signed", size=8)
+    aside = uploads.begin("a", other_run, memoryview(bytearray(8)))
     assert uploads.find("a", HEADER) is second
     uploads.drop("a", first)
     assert uploads.find("a", HEADER) is second
+    assert uploads.find("a", other_run) is aside
     uploads.sweep(lambda ctx: ctx == HEADER.ctx)
     assert uploads.find("a", HEADER) is second
+    assert uploads.find("a", other_run) is None
     uploads.sweep(lambda ctx: False)
     assert uploads.find("a", HEADER) is None
