@@ -30,8 +30,8 @@ class Session:
     """One process of one site.
 
     ``asked`` is the context of the question it got last: a process that joined later has no keys of an attempt in
-    progress. ``leaving`` is the code it gave for going. ``ready``: it has asked for something to do; between joining and
-    that a site loads its encoder and checks its budget.
+    progress. ``leaving`` is the code it gave for going. ``ready``: it has asked for something to do; between joining
+    and that a site loads its encoder and checks its budget.
     """
 
     token: bytes
