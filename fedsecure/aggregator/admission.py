@@ -7,9 +7,10 @@ from hmac import compare_digest
 from fedsecure.config import RunSettings
 from fedsecure.errors import IdentityError, TransportError
 from fedsecure.identity.roster import Roster
+from fedsecure.transport.versions import OURS, agree, asked_for
 from fedsecure.wire import federation_pb2 as pb
 
-PROTOCOL = 1
+PROTOCOL = OURS.highest
 TOKEN_BYTES = 16
 
 
@@ -18,7 +19,7 @@ def admit(site: str, request: pb.JoinRequest, *, settings: RunSettings, roster: 
 
     Raises:
         IdentityError: FS-1451 not in this run, FS-1452 another roster.
-        TransportError: FS-1503 another protocol version, FS-1509 a session of another size.
+        TransportError: FS-1503 no common protocol version, FS-1509 a session of another size.
     """
     if site not in settings.sites:
         raise IdentityError(
@@ -27,13 +28,7 @@ def admit(site: str, request: pb.JoinRequest, *, settings: RunSettings, roster: 
             expected="one of " + ", ".join(sorted(settings.sites)),
             cure="ask the coordinator to add it",
         )
-    if request.protocol != PROTOCOL:
-        raise TransportError(
-            "FS-1503",
-            f"site speaks protocol {request.protocol}",
-            expected=f"protocol {PROTOCOL}",
-            cure="install the same fedsecure release on both sides",
-        )
+    agree(asked_for(request))
     if len(request.session) != TOKEN_BYTES:
         raise TransportError(
             "FS-1509",

@@ -151,6 +151,11 @@ class Coordinator:
             )
         return attempt.buffer(site, header.header)
 
+    def accepts_upload(self, ctx: bytes) -> bool:
+        """Whether the attempt of that context is in progress and still takes masked vectors."""
+        attempt = self._attempt
+        return attempt is not None and attempt.phase is Phase.MASKED and compare_digest(attempt.ctx, ctx)
+
     def upload(self, site: str, header: pb.UploadHeader, payload: memoryview | bytes, now: float) -> None:
         """A whole masked vector."""
         self.sessions.hear(site, header.session, now)

@@ -64,6 +64,10 @@ class House:
     def expect_upload(self, site: str, header: pb.UploadHeader, now: float) -> memoryview | None:
         return self._core(header.session).expect_upload(site, header, now)
 
+    def accepts_upload(self, ctx: bytes) -> bool:
+        """Whether an attempt of that context is in progress in one of the runs, and still takes masked vectors."""
+        return any(core.accepts_upload(ctx) for core in self.runs)
+
     def upload(self, site: str, header: pb.UploadHeader, payload: memoryview | bytes, now: float) -> None:
         self._core(header.session).upload(site, header, payload, now)
 

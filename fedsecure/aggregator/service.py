@@ -9,29 +9,31 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from types import TracebackType
 from typing import Any, NoReturn
 
 from cryptography import x509
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedsecure.aggregator.coordinator import PROTOCOL, Coordinator
+from fedsecure.aggregator.answers import Answers
+from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.house import House
+from fedsecure.aggregator.limits import Limits, allow_connections
+from fedsecure.aggregator.parsing import Parsing, unreadable
+from fedsecure.aggregator.refusals import Refusals
+from fedsecure.aggregator.uploads import Partial, Uploads, next_part
 from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError, RunError, TransportError
 from fedsecure.identity.provision import Identity
 from fedsecure.transport.base import CHUNK_BYTES
-from fedsecure.transport.status import to_details
-from fedsecure.transport.tls import KEEPALIVE, LIMITS, grpc, server_credentials
+from fedsecure.transport.status import RETRY_AFTER, to_details
+from fedsecure.transport.tls import KEEPALIVE, LIMITS, SERVER_LIMITS, grpc, server_credentials
+from fedsecure.transport.versions import agree, asked_for
 from fedsecure.wire import federation_pb2 as pb
 from fedsecure.wire import federation_pb2_grpc as rpc
 
 POLL_SECONDS = 10.0
 TICK_SECONDS = 0.25
-# A site needs three calls at a time: the long poll, the beat, and one that carries something.
-MAX_CALLS = 16
-PART_SECONDS = 30.0
 _Context = grpc.aio.ServicerContext[Any, Any]
 log = logging.getLogger("fedsecure.aggregator")
 
@@ -43,98 +45,150 @@ class Service(rpc.FederationServicer):
         self._core = coordinator
         self._identity = identity
         self._changed = asyncio.Event()
-        self._calls: Counter[str] = Counter()
-        self._uploading: set[str] = set()
+        self._limits = Limits()
+        self._answers = Answers()
+        self._uploads = Uploads()
+        self._refusals = Refusals()
 
     async def Greet(self, request: pb.GreetRequest, context: _Context) -> pb.GreetReply:
-        try:
-            with self._call(context) as site:
-                core = self._core.chosen(site, request.federation)
-                return pb.GreetReply(
-                    protocol=PROTOCOL,
-                    run=core.run,
-                    settings_json=core.settings.canonical(),
-                    unix_ms=time.time_ns() // 1_000_000,
-                    waiting=core.reason(time.monotonic()),
-                    roster_hash=self._identity.roster.hash,
-                )
-        except Exception as error:
-            await _refuse(context, error)
+        async with self._call(context) as site:
+            core = self._core.chosen(site, request.federation)
+            return pb.GreetReply(
+                protocol=agree(asked_for(request)),
+                run=core.run,
+                settings_json=core.settings.canonical(),
+                unix_ms=time.time_ns() // 1_000_000,
+                waiting=core.reason(time.monotonic()),
+                roster_hash=self._identity.roster.hash,
+            )
 
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinReply:
-        try:
-            with self._call(context) as site:
+        async with self._call(context) as site:
+
+            def join() -> pb.JoinReply:
                 reply = self._core.join(site, request, time.monotonic())
+                reply.protocol = agree(asked_for(request))
                 self._progress()
                 return reply
-        except Exception as error:
-            await _refuse(context, error)
+
+            return self._answers.once(site, request, join)
 
     async def Next(self, request: pb.NextRequest, context: _Context) -> pb.Directive:
-        try:
-            with self._call(context) as site:
-                give_up = time.monotonic() + POLL_SECONDS
-                while True:
-                    now = time.monotonic()
-                    found = self._core.poll(site, request.session, request.after, now)
-                    if found is not None:
-                        return found
-                    if now >= give_up:
-                        return pb.Directive(wait=pb.Wait(reason=self._core.reason(now)))
-                    await self._sleep(site, request.session, give_up - now)
-        except Exception as error:
-            await _refuse(context, error)
+        async with self._call(context) as site:
+            give_up = time.monotonic() + POLL_SECONDS
+            while True:
+                now = time.monotonic()
+                found = self._core.poll(site, request.session, request.after, now)
+                if found is not None:
+                    return found
+                if now >= give_up:
+                    return pb.Directive(wait=pb.Wait(reason=self._core.reason(now)))
+                await self._sleep(site, request.session, give_up - now)
 
     async def Beat(self, request: pb.BeatRequest, context: _Context) -> pb.Ack:
-        try:
-            with self._call(context) as site:
-                give_up = time.monotonic() + (0.0 if request.leaving else POLL_SECONDS)
+        async with self._call(context) as site:
+
+            def beat() -> pb.Ack:
                 self._core.beat(site, request.session, time.monotonic(), request.leaving)
                 self._progress()
-                while (now := time.monotonic()) < give_up:
-                    self._core.beat(site, request.session, now)
-                    await self._sleep(site, request.session, min(1.0, give_up - now))
                 return pb.Ack()
-        except Exception as error:
-            await _refuse(context, error)
+
+            reply = self._answers.once(site, request, beat)
+            give_up = time.monotonic() + (0.0 if request.leaving else POLL_SECONDS)
+            while (now := time.monotonic()) < give_up:
+                self._core.beat(site, request.session, now)
+                await self._sleep(site, request.session, min(1.0, give_up - now))
+            return reply
 
     async def Send(self, request: pb.PhaseMessage, context: _Context) -> pb.Ack:
-        try:
-            with self._call(context) as site:
+        async with self._call(context) as site:
+
+            def send() -> pb.Ack:
                 self._core.send(site, request, time.monotonic())
                 self._progress()
                 return pb.Ack()
-        except Exception as error:
-            await _refuse(context, error)
+
+            return self._answers.once(site, request, send)
 
     async def Upload(self, parts: AsyncIterator[pb.UploadPart], context: _Context) -> pb.Ack:
-        try:
-            with self._call(context) as site, self._one_upload(site):
-                stream = aiter(parts)
-                header = (await _part(stream) or pb.UploadPart()).header
-                whole = self._core.expect_upload(site, header, time.monotonic())
-                if whole is not None:
-                    await _fill(whole, stream)
-                    self._core.upload(site, header, whole, time.monotonic())
-                    self._progress()
-                return pb.Ack()
-        except Exception as error:
-            await _refuse(context, error)
+        async with self._call(context) as site:
+            stream = aiter(parts)
+            header = (await next_part(stream) or pb.UploadPart()).header
+            partial = self._upload(site, header)
+            if partial is not None:
+                await self._uploads.fill(site, partial, stream, still_on=lambda: self._still_on(site, header))
+                # Whole: counted, or refused for good; either way nothing of it is needed any more.
+                self._uploads.drop(site, partial)
+                self._core.upload(site, header, partial.whole, time.monotonic())
+                self._answers.keep(site, header, pb.Ack())
+                self._progress()
+            return pb.Ack()
+
+    async def UploadStatus(self, request: pb.UploadHeader, context: _Context) -> pb.UploadProgress:
+        async with self._call(context) as site:
+            partial = self._upload(site, request, take_over=True)
+            if partial is None:
+                return pb.UploadProgress(offset=request.size, complete=True)
+            return pb.UploadProgress(offset=partial.filled)
+
+    def _upload(self, site: str, header: pb.UploadHeader, *, take_over: bool = False) -> Partial | None:
+        """What has come of an upload, or room for all of it; None where it is counted already.
+
+        A stream that seems to be coming in still is in the way of another one, unless the site asks for its progress
+        (``take_over``): then it has broken at the site's end, whatever this end knows of it.
+        """
+        now = time.monotonic()
+        if self._answers.find(site, header, pb.Ack) is not None:
+            return None
+        self._uploads.sweep(self._core.accepts_upload)
+        partial = self._uploads.find(site, header)
+        if partial is not None:
+            self._core.beat(site, header.session, now)
+        if partial is not None and take_over:
+            partial.stream = None
+        self._uploads.require_one(site, bytes(header.ctx))
+        if partial is None:
+            whole = self._core.expect_upload(site, header, now)
+            partial = None if whole is None else self._uploads.begin(site, header, whole)
+        return partial
+
+    def _still_on(self, site: str, header: pb.UploadHeader) -> None:
+        """The session lives and is heard of; RunError FS-1705."""
+        self._core.beat(site, header.session, time.monotonic())
 
     async def Fetch(self, request: pb.FetchRequest, context: _Context) -> AsyncIterator[pb.Chunk]:
-        try:
-            with self._call(context) as site:
-                blob = self._core.fetch(site, request.session, request.digest, time.monotonic())
-                for offset in range(0, len(blob), CHUNK_BYTES):
-                    yield pb.Chunk(offset=offset, data=blob[offset : offset + CHUNK_BYTES])
-        except Exception as error:
-            await _refuse(context, error)
+        async with self._call(context) as site:
+            with self._limits.fetching(site):
+                offset, size = request.offset, self._fetched(site, request)[1]
+                if offset > size:
+                    raise TransportError(
+                        "FS-1536",
+                        f"a download from offset {offset} on, of {size} bytes",
+                        expected="an offset within the tensor",
+                        cure="install the same fedsecure release on both sides",
+                    )
+                # Looked up again for each chunk: a caller that does not read keeps no tensor in memory.
+                while offset < size:
+                    data = self._fetched(site, request)[0][offset : offset + CHUNK_BYTES]
+                    yield pb.Chunk(offset=offset, data=data)
+                    offset += len(data)
+
+    def _fetched(self, site: str, request: pb.FetchRequest) -> tuple[bytes, int]:
+        blob = self._core.fetch(site, request.session, request.digest, time.monotonic())
+        return blob, len(blob)
+
+    async def unreadable(self, context: _Context) -> NoReturn:
+        """The answer to a message that is none."""
+        async with self._call(context):
+            raise unreadable()
+        raise AssertionError("raises what it is given")
 
     async def run(self) -> None:
         """Tick until the run is over and the sites have heard so."""
         written = 0.0
         while not self._core.finished(time.monotonic()):
             self._progress()
+            self._uploads.sweep(self._core.accepts_upload)
             if time.monotonic() - written > 0.5:
                 self._write_status()
                 written = time.monotonic()
@@ -148,37 +202,9 @@ class Service(rpc.FederationServicer):
             # The status is for people; the run's own files end the run where they cannot be written.
             log.warning("%s", error)
 
-    @contextmanager
-    def _call(self, context: _Context) -> Iterator[str]:
-        """The caller's site, one of at most ``MAX_CALLS`` calls at a time."""
-        site = self._caller(context)
-        if self._calls[site] >= MAX_CALLS:
-            raise TransportError(
-                "FS-1510",
-                f"more than {MAX_CALLS} calls of {site!r} at a time",
-                expected="one process that polls, beats and sends",
-                cure="stop what else uses this site's identity",
-            )
-        self._calls[site] += 1
-        try:
-            yield site
-        finally:
-            self._calls[site] -= 1
-
-    @contextmanager
-    def _one_upload(self, site: str) -> Iterator[None]:
-        if site in self._uploading:
-            raise TransportError(
-                "FS-1511",
-                f"a second upload of {site!r} beside the first",
-                expected="one upload at a time",
-                cure="none needed; the site tries again",
-            )
-        self._uploading.add(site)
-        try:
-            yield
-        finally:
-            self._uploading.discard(site)
+    def _call(self, context: _Context) -> _Call:
+        """One call, from the caller's certificate to a typed answer."""
+        return _Call(self, context)
 
     def _caller(self, context: _Context) -> str:
         """The roster's site whose certificate this connection presented."""
@@ -213,54 +239,52 @@ class Service(rpc.FederationServicer):
             raise
 
 
-async def _part(stream: AsyncIterator[pb.UploadPart]) -> pb.UploadPart | None:
-    """The next part of an upload, or None at its end; half-open uploads end here."""
-    try:
-        return await asyncio.wait_for(anext(stream, None), PART_SECONDS)
-    except TimeoutError:
-        raise TransportError(
-            "FS-1512",
-            f"no further part of an upload for {PART_SECONDS:g} s",
-            expected="a stream that goes on",
-            cure="check the line; the site sends the upload again",
-        ) from None
+class _Call:
+    """One call: whose it is and whether it may come now, and at its end the typed error, if that is its answer."""
 
+    def __init__(self, service: Service, context: _Context) -> None:
+        self._service = service
+        self._context = context
+        self._site = ""
+        self._entered = False
 
-async def _fill(whole: memoryview, stream: AsyncIterator[pb.UploadPart]) -> None:
-    """Chunks in order, exactly as many bytes as the buffer holds."""
-    filled = 0
-    while (part := await _part(stream)) is not None:
-        data = part.chunk.data
-        if part.chunk.offset != filled or filled + len(data) > len(whole):
-            raise TransportError(
-                "FS-1506",
-                f"a chunk at offset {part.chunk.offset} of {len(data)} bytes",
-                expected=f"offset {filled} and {len(whole)} bytes in all",
-                cure="send the upload again",
+    async def __aenter__(self) -> str:
+        try:
+            self._site = self._service._caller(self._context)
+            self._service._limits.enter(self._site, time.monotonic())
+        except Exception as error:
+            await self._decline(error)
+        self._entered = True
+        return self._site
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._entered:
+            self._service._limits.leave(self._site)
+        if isinstance(error, Exception):
+            await self._decline(error)
+
+    async def _decline(self, error: Exception) -> NoReturn:
+        """Answer with the typed error. What is none stays in this log, with its trace, and leaves as a code only."""
+        if not isinstance(error, FedsecureError):
+            log.error("a call failed", exc_info=error)
+            error = RunError(
+                "FS-1718",
+                "the aggregator failed to handle this call",
+                expected="an answer",
+                cure="see the aggregator's log for this time",
             )
-        whole[filled : filled + len(data)] = data
-        filled += len(data)
-    if filled != len(whole):
-        raise TransportError(
-            "FS-1507",
-            f"an upload that ended after {filled} bytes",
-            expected=f"{len(whole)} bytes",
-            cure="send the upload again",
-        )
-
-
-async def _refuse(context: _Context, error: Exception) -> NoReturn:
-    """Answer with the typed error. What is none stays in this log, with its trace, and leaves as a code only."""
-    if not isinstance(error, FedsecureError):
-        log.error("a call failed", exc_info=error)
-        error = RunError(
-            "FS-1718",
-            "the aggregator failed to handle this call",
-            expected="an answer",
-            cure="see the aggregator's log for this time",
-        )
-    await context.abort(grpc.StatusCode.FAILED_PRECONDITION, to_details(error))
-    raise AssertionError("abort raises")
+        service, code = self._service, grpc.StatusCode.FAILED_PRECONDITION
+        service._refusals.note(self._site, error, time.monotonic())
+        if error.code in RETRY_AFTER:
+            code = grpc.StatusCode.RESOURCE_EXHAUSTED
+            # Whoever does not wait as he is asked to waits here, so that a flood is as slow as its answers.
+            with service._limits.holding(self._site) as held:
+                if held:
+                    await asyncio.sleep(RETRY_AFTER[error.code])
+        await self._context.abort(code, to_details(error))
+        raise AssertionError("abort raises")
 
 
 async def start(
@@ -271,8 +295,9 @@ async def start(
     Raises:
         EnvironmentProblem: FS-1801, the address is in use or not this machine's.
     """
-    server = grpc.aio.server(options=[*LIMITS, *KEEPALIVE, ("grpc.so_reuseport", 0)])
+    allow_connections()
     service = Service(coordinator, identity)
+    server = grpc.aio.server(options=[*LIMITS, *KEEPALIVE, *SERVER_LIMITS], interceptors=[Parsing(service.unreadable)])
     rpc.add_FederationServicer_to_server(service, server)
     try:
         port = server.add_secure_port(listen, server_credentials(identity))

@@ -30,8 +30,8 @@ class Session:
     """One process of one site.
 
     ``asked`` is the context of the question it got last: a process that joined later has no keys of an attempt in
-    progress. ``leaving`` is the code it gave for going. ``ready``: it has asked for something to do; after joining
-    a site first loads its encoder and checks its budget.
+    progress. ``leaving`` is the code it gave for going. ``ready``: it has asked for something to do; between joining
+    and that a site loads its encoder and checks its budget.
     """
 
     token: bytes
@@ -159,7 +159,7 @@ class Sessions:
             return "not seen yet"
         if session.leaving:
             return f"left with {session.leaving}"
-        return f"last heard {now - session.heard:.0f} s ago"
+        return f"last heard {span(now - session.heard)} ago"
 
     # --- what they are told -----------------------------------------------------------------------------------------
 
@@ -194,4 +194,12 @@ class Sessions:
                 self.tell(site, abort=pb.Abort(ctx=ctx, code=code, reason=reason))
 
 
-__all__ = ["Session", "Sessions"]
+def span(seconds: float) -> str:
+    """A time in the unit that people would use: ``12 s``, ``4 min``, ``3 h``, ``2 days``."""
+    for unit, length, below in (("s", 1, 90), ("min", 60, 90), ("h", 3600, 48)):
+        if round(seconds / length) < below:
+            return f"{max(0.0, seconds) / length:.0f} {unit}"
+    return f"{seconds / 86_400:.0f} days"
+
+
+__all__ = ["Session", "Sessions", "span"]

@@ -20,7 +20,7 @@ from typing import Literal
 
 from fedsecure.config import DatasetConfig, RunSettings, SiteConfig, SiteEntry, load
 from fedsecure.data.loading import open_dataset
-from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError
 from fedsecure.extras import require
 from fedsecure.files import make_folder
 from fedsecure.identity import certificates
@@ -154,13 +154,6 @@ class Examination:
         return f"run {self.run.hex()[:8]} of {self.settings.name!r}: {printable(reply.waiting, limit=200)}"
 
     def _check_reply(self, reply: pb.GreetReply) -> None:
-        if reply.protocol != PROTOCOL:
-            raise TransportError(
-                "FS-1503",
-                f"the aggregator speaks protocol {reply.protocol}",
-                expected=f"protocol {PROTOCOL}",
-                cure="install the same fedsecure release on both sides",
-            )
         if reply.roster_hash != self.identity.roster.hash:
             raise IdentityError(
                 "FS-1452",

@@ -1,11 +1,13 @@
-"""The site's gRPC channel: mutual TLS, bounded deadlines, retries with jitter, chunks of 1 MiB.
+"""The site's gRPC channel: mutual TLS, bounded deadlines, retries with jitter, chunks of 1 MiB that resume.
 
-Only calls that are safe to repeat are retried; an upload is, since the aggregator counts a repeated one once.
+Every call here is safe to repeat: what changes something carries the id of its request, and the aggregator answers a
+repeated one without doing it twice. Uploads and downloads go on where they broke off (docs/transport.md).
 """
 
 from __future__ import annotations
 
-import secrets
+import hashlib
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,9 +16,12 @@ from typing import TypeVar
 from fedsecure.errors import FedsecureError, IdentityError, TransportError
 from fedsecure.identity.provision import Identity
 from fedsecure.transport.base import CHUNK_BYTES
-from fedsecure.transport.status import from_details
+from fedsecure.transport.probe import Address, shake_hands
+from fedsecure.transport.retries import Retries
+from fedsecure.transport.status import from_details, retry_after
 from fedsecure.transport.tensors import MAX_TENSOR_BYTES
 from fedsecure.transport.tls import KEEPALIVE, LIMITS, channel_credentials, grpc
+from fedsecure.transport.versions import OURS, RESUMABLE, accept_answer
 from fedsecure.wire import federation_pb2 as pb
 from fedsecure.wire import federation_pb2_grpc as rpc
 
@@ -30,7 +35,8 @@ _RECONNECT = [
 ]
 # What an orderly close needs is milliseconds.
 _CLOSE_SECONDS = 5.0
-_BUSY = ("FS-1510", "FS-1511", "FS-1512")
+# Of a connection that finds out why TLS failed.
+_PROBE_SECONDS = 10.0
 # What gRPC says where the other side's TLS or certificate is wrong, which no repetition mends. A handshake that merely
 # breaks off says "Handshake read failed": so do an aggregator that ends in that moment and a line that is cut.
 _REFUSED = ("handshake failed", "verification check failed", "certificate")
@@ -43,17 +49,20 @@ class GrpcTransport:
     Args:
         address: ``host:port``.
         identity: keys and certificates of the site.
-        connect_seconds: how long an unreachable aggregator is tried again before giving up.
+        connect_seconds: how long a call is tried again without getting on before giving up.
         call_seconds: deadline of one small call.
     """
 
     def __init__(self, address: str, identity: Identity, *, connect_seconds: float, call_seconds: float = 60.0) -> None:
         self._address = address
+        self._identity = identity
         self._patience = connect_seconds
         self._deadline = call_seconds
         self._up = 0
         self._down = 0
         self._count = threading.Lock()
+        # Until an aggregator has said that it knows more.
+        self._version = OURS.lowest
         self._channel = grpc.secure_channel(
             address, channel_credentials(identity), options=[*LIMITS, *KEEPALIVE, *_RECONNECT]
         )
@@ -69,35 +78,83 @@ class GrpcTransport:
 
     def greet(self, request: pb.GreetRequest) -> pb.GreetReply:
         """What the aggregator says of itself; needs no session and changes nothing."""
-        return self._call(lambda: self._stub.Greet(request, timeout=self._deadline), request.ByteSize())
+        asked = pb.GreetRequest()
+        asked.CopyFrom(request)
+        asked.protocol, asked.newest = OURS.lowest, OURS.highest
+        reply = self._call(lambda: self._stub.Greet(asked, timeout=self._deadline), asked.ByteSize())
+        accept_answer(reply.protocol)
+        return reply
 
     def join(self, request: pb.JoinRequest) -> pb.JoinReply:
-        return self._call(lambda: self._stub.Join(request, timeout=self._deadline), request.ByteSize())
+        asked = pb.JoinRequest()
+        asked.CopyFrom(request)
+        asked.protocol, asked.newest, asked.request = OURS.lowest, OURS.highest, _fresh_id()
+        reply = self._call(lambda: self._stub.Join(asked, timeout=self._deadline), asked.ByteSize())
+        self._version = accept_answer(reply.protocol)
+        return reply
 
     def next(self, request: pb.NextRequest) -> pb.Directive:
         return self._call(lambda: self._stub.Next(request, timeout=self._deadline), request.ByteSize())
 
     def send(self, message: pb.PhaseMessage) -> None:
-        self._call(lambda: self._stub.Send(message, timeout=self._deadline), message.ByteSize())
+        named = pb.PhaseMessage()
+        named.CopyFrom(message)
+        named.request = _fresh_id()
+        self._call(lambda: self._stub.Send(named, timeout=self._deadline), named.ByteSize())
 
     def beat(self, request: pb.BeatRequest) -> None:
-        self._call(lambda: self._stub.Beat(request, timeout=self._deadline), request.ByteSize())
+        named = pb.BeatRequest()
+        named.CopyFrom(request)
+        if named.leaving:
+            named.request = _fresh_id()
+        self._call(lambda: self._stub.Beat(named, timeout=self._deadline), named.ByteSize())
 
     def upload(self, header: pb.UploadHeader, payload: memoryview) -> None:
-        def parts() -> Iterator[pb.UploadPart]:
-            yield pb.UploadPart(header=header)
-            for offset in range(0, len(payload), CHUNK_BYTES):
-                data = bytes(payload[offset : offset + CHUNK_BYTES])
-                yield pb.UploadPart(chunk=pb.Chunk(offset=offset, data=data))
+        named = pb.UploadHeader()
+        named.CopyFrom(header)
+        named.request = _fresh_id()
+        retries = Retries(self._patience)
+        arrived = 0
 
-        # A slow hospital line: at least 100 kB/s are allowed for.
-        deadline = self._deadline + len(payload) / 1e5
-        self._call(lambda: self._stub.Upload(parts(), timeout=deadline), header.ByteSize() + len(payload))
+        def attempt() -> None:
+            nonlocal arrived
+            start = 0
+            if retries.failures and self._version >= RESUMABLE:
+                progress = self._stub.UploadStatus(named, timeout=self._deadline)
+                if progress.complete:
+                    return
+                start = progress.offset
+                if start > len(payload) or (start % CHUNK_BYTES and start < len(payload)):
+                    start = 0  # no end of a chunk: nothing that this side has sent
+                if start > arrived:
+                    arrived = start
+                    retries.progressed()
+            # A slow hospital line: at least 100 kB/s are allowed for.
+            deadline = self._deadline + (len(payload) - start) / 1e5
+            self._stub.Upload(self._parts(named, payload, start), timeout=deadline)
+
+        self._call(attempt, named.ByteSize(), retries)
+
+    def _parts(self, header: pb.UploadHeader, payload: memoryview, start: int) -> Iterator[pb.UploadPart]:
+        yield pb.UploadPart(header=header)
+        for offset in range(start, len(payload), CHUNK_BYTES):
+            data = bytes(payload[offset : offset + CHUNK_BYTES])
+            with self._count:
+                self._up += len(data)
+            yield pb.UploadPart(chunk=pb.Chunk(offset=offset, data=data, sha256=hashlib.sha256(data).digest()))
 
     def fetch(self, request: pb.FetchRequest) -> bytes:
-        def receive() -> bytes:
-            whole = bytearray()
-            for chunk in self._stub.Fetch(request, timeout=self._deadline + 600):
+        """A broadcast tensor; whoever calls compares it with its hash."""
+        asked = pb.FetchRequest()
+        asked.CopyFrom(request)
+        retries = Retries(self._patience)
+        whole = bytearray()
+
+        def receive() -> None:
+            if self._version < RESUMABLE:
+                whole.clear()
+            asked.offset = len(whole)
+            for chunk in self._stub.Fetch(asked, timeout=self._deadline + 600):
                 if chunk.offset != len(whole) or len(whole) + len(chunk.data) > MAX_TENSOR_BYTES:
                     raise TransportError(
                         "FS-1505",
@@ -105,13 +162,14 @@ class GrpcTransport:
                         expected=f"offset {len(whole)} and at most {MAX_TENSOR_BYTES} bytes in all",
                         cure="install the same fedsecure release on both sides",
                     )
-                whole += chunk.data
-            return bytes(whole)
+                whole.extend(chunk.data)
+                with self._count:
+                    self._down += len(chunk.data)
+                if chunk.data and self._version >= RESUMABLE:
+                    retries.progressed()
 
-        blob = self._call(receive, request.ByteSize())
-        with self._count:
-            self._down += len(blob)
-        return blob
+        self._call(receive, asked.ByteSize(), retries)
+        return bytes(whole)
 
     def close(self) -> None:
         # A signal may have landed inside grpc, whose close then waits for ever: nobody's exit hangs on it.
@@ -119,20 +177,23 @@ class GrpcTransport:
         closing.start()
         closing.join(_CLOSE_SECONDS)
 
-    def _call(self, attempt: Callable[[], _Reply], size: int) -> _Reply:
-        give_up = time.monotonic() + self._patience
-        pause = 0.1
+    def _call(self, attempt: Callable[[], _Reply], size: int, retries: Retries | None = None) -> _Reply:
+        # Who waits for a small answer counts from the question on.
+        retries = retries or Retries(self._patience, since=time.monotonic())
         while True:
             try:
                 reply = attempt()
             except grpc.RpcError as error:
-                problem = self._translate(error)
-                if problem is not None:
-                    raise problem from None
-                if time.monotonic() + pause > give_up:
-                    raise self._unreachable(error) from None
-                time.sleep(pause * (0.5 + secrets.randbelow(1000) / 1000))
-                pause = min(2 * pause, 5.0)
+                asked = retry_after(error.details())
+                known = from_details(error.details())
+                if asked is None:
+                    problem = known or self._beyond_repair(error)
+                    if problem is not None:
+                        raise problem from None
+                pause = retries.pause(time.monotonic(), asked=asked or 0.0)
+                if pause is None:
+                    raise (known or self._gave_up(error)) from None
+                time.sleep(pause)
                 continue
             with self._count:
                 self._up += size
@@ -140,21 +201,18 @@ class GrpcTransport:
                     self._down += reply.ByteSize()
             return reply
 
-    def _translate(self, error: grpc.RpcError) -> FedsecureError | None:
-        """The typed error behind a status, or None where trying again may help."""
-        known = from_details(error.details())
-        if known is not None:
-            return None if known.code in _BUSY else known
+    def _beyond_repair(self, error: grpc.RpcError) -> FedsecureError | None:
+        """The typed error behind a status of gRPC's own, or None where trying again may help."""
+        text = (error.details() or "").lower()
         if error.code() in _UNAVAILABLE:
-            text = (error.details() or "").lower()
-            if any(words in text for words in _REFUSED):
-                return IdentityError(
-                    "FS-1453",
-                    f"the TLS handshake with {self._address} failed",
-                    expected="an aggregator certificate of the federation's CA, valid now and for this host name",
-                    cure="check the address and the clock; if a firewall opens TLS, have it leave this port alone",
-                )
-            return None
+            return self._untrusted() if any(words in text for words in _REFUSED) else None
+        if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return TransportError(
+                "FS-1534",
+                "a message above the limit of one call",
+                expected=f"at most {dict(LIMITS)['grpc.max_receive_message_length'] >> 20} MiB",
+                cure="install the same fedsecure release on both sides",
+            )
         return TransportError(
             "FS-1502",
             f"the aggregator answered {error.code().name}",
@@ -162,10 +220,36 @@ class GrpcTransport:
             cure="look at the aggregator's log for this time",
         )
 
-    def _unreachable(self, error: grpc.RpcError) -> TransportError:
+    def _untrusted(self) -> FedsecureError | None:
+        """What is wrong with the other side's TLS, tried by itself, since gRPC names no certificate."""
+        try:
+            shake_hands(Address.parse(self._address), self._identity, seconds=_PROBE_SECONDS)
+        except TransportError as error:
+            # Nobody there any more: an aggregator that ended in that moment, or a line that is cut.
+            return None if error.code == "FS-1521" else error
+        except FedsecureError as error:
+            return error
+        return IdentityError(
+            "FS-1453",
+            f"{self._address} is the roster's aggregator, and accepts no connection of this site",
+            expected="a certificate of this site that the aggregator accepts, in TLS 1.3",
+            cure="check this machine's clock; ask the coordinator for a new certificate",
+        )
+
+    def _gave_up(self, error: grpc.RpcError) -> FedsecureError:
+        """Why a line never came to be. In TLS 1.3 a client whose certificate is refused only sees the line closed."""
+        text = (error.details() or "").lower()
+        if "failed to connect" in text and "refused" not in text:
+            problem = self._untrusted()
+            if isinstance(problem, IdentityError):
+                return problem
         return TransportError(
             "FS-1501",
             f"no answer from {self._address} for {self._patience:g} s ({error.code().name})",
             expected="a running aggregator at that address",
             cure="start `fedsecure serve`, check the address and the firewall; what is charged stays charged",
         )
+
+
+def _fresh_id() -> bytes:
+    return os.urandom(16)

@@ -82,13 +82,14 @@ def connect(address: Address, *, seconds: float) -> float:
         return 1000 * (time.monotonic() - begun)
 
 
-def shake_hands(address: Address, identity: Identity, *, folder: Path, seconds: float) -> Handshake:
-    """Mutual TLS 1.3 with the aggregator of the roster.
+def shake_hands(address: Address, identity: Identity, *, folder: Path | None = None, seconds: float) -> Handshake:
+    """TLS 1.3 with the aggregator of the roster.
 
     Args:
         address: where it listens.
         identity: the site's own.
-        folder: where its certificate and key are; Python's TLS reads them from files.
+        folder: where its certificate and key are, which Python's TLS reads from files, for mutual TLS. Without them
+            only the aggregator's side is looked at.
         seconds: longest wait.
 
     Raises:
@@ -100,7 +101,8 @@ def shake_hands(address: Address, identity: Identity, *, folder: Path, seconds: 
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     context.load_verify_locations(cadata=identity.ca.decode())
-    context.load_cert_chain(folder / "certificate.pem", folder / "tls-key.pem")
+    if folder is not None:
+        context.load_cert_chain(folder / "certificate.pem", folder / "tls-key.pem")
     try:
         with (
             _connected(address, seconds) as plain,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 
 from fedsecure import errors
 
@@ -18,6 +19,8 @@ _FAMILIES: dict[str, type[errors.FedsecureError]] = {
     "FS-18": errors.EnvironmentProblem,
 }
 _LIMIT = 2000
+# Refusals of one moment, and after how many seconds the call may come again.
+RETRY_AFTER = {"FS-1510": 0.5, "FS-1511": 0.5, "FS-1512": 0.1, "FS-1530": 1.0}
 
 
 def printable(text: str, *, limit: int = _LIMIT) -> str:
@@ -27,8 +30,11 @@ def printable(text: str, *, limit: int = _LIMIT) -> str:
 
 def to_details(error: errors.FedsecureError) -> str:
     """The error as the details of a gRPC status."""
-    fields = {"code": error.code, "found": error.found, "expected": error.expected, "cure": error.cure}
-    return json.dumps({name: text[:_LIMIT] for name, text in fields.items()})
+    texts = {"code": error.code, "found": error.found, "expected": error.expected, "cure": error.cure}
+    fields: dict[str, object] = {name: text[:_LIMIT] for name, text in texts.items()}
+    if error.code in RETRY_AFTER:
+        fields["retry_after"] = RETRY_AFTER[error.code]
+    return json.dumps(fields)
 
 
 def from_details(details: str | None) -> errors.FedsecureError | None:
@@ -39,4 +45,14 @@ def from_details(details: str | None) -> errors.FedsecureError | None:
         found, expected, cure = (printable(str(raw[field])) for field in ("found", "expected", "cure"))
         return family(raw["code"], found, expected=expected, cure=cure)
     except (ValueError, KeyError, TypeError, AssertionError, RecursionError):
+        return None
+
+
+def retry_after(details: str | None) -> float | None:
+    """Seconds after which the other side wants the call again, at least 0; None where repeating it is of no use."""
+    try:
+        raw = json.loads((details or "")[: 5 * _LIMIT])
+        asked = raw.get("retry_after", RETRY_AFTER.get(raw["code"]))
+        return None if asked is None or not math.isfinite(asked) else max(0.0, float(asked))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OverflowError):
         return None

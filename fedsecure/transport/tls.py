@@ -23,6 +23,18 @@ KEEPALIVE = [
     ("grpc.http2.max_pings_without_data", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
 ]
+# For strangers and for each connection, before anything is known of the caller. A handshake that is not done within ten
+# seconds ends, so that half-open connections hold a descriptor each and no longer; a site has one connection and some
+# calls on it.
+SERVER_LIMITS = [
+    ("grpc.server_handshake_timeout_ms", 10_000),
+    ("grpc.max_concurrent_streams", 32),
+    ("grpc.max_connection_idle_ms", 300_000),
+    ("grpc.max_metadata_size", 8 << 10),
+    ("grpc.absolute_max_metadata_size", 16 << 10),
+    ("grpc.http2.max_ping_strikes", 2),
+    ("grpc.so_reuseport", 0),
+]
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:

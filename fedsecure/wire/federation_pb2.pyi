@@ -26,18 +26,23 @@ class GreetRequest(_message.Message):
 
     PROTOCOL_FIELD_NUMBER: _builtins.int
     FEDERATION_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
+    """lowest version the site speaks"""
     federation: _builtins.str
     """name of the run's settings, where the aggregator serves several; empty for its only one"""
+    newest: _builtins.int
+    """highest version it speaks; 0: only the lowest"""
     def __init__(
         self,
         *,
         protocol: _builtins.int = ...,
         federation: _builtins.str = ...,
+        newest: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "protocol", b"protocol"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "newest", b"newest", "protocol", b"protocol"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -54,6 +59,7 @@ class GreetReply(_message.Message):
     WAITING_FIELD_NUMBER: _builtins.int
     ROSTER_HASH_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
+    """highest version both speak"""
     run: _builtins.bytes
     settings_json: _builtins.str
     """RunSettings.canonical()"""
@@ -89,13 +95,19 @@ class JoinRequest(_message.Message):
     ROSTER_HASH_FIELD_NUMBER: _builtins.int
     SOFTWARE_FIELD_NUMBER: _builtins.int
     FEDERATION_FIELD_NUMBER: _builtins.int
+    NEWEST_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
+    """as in GreetRequest"""
     session: _builtins.bytes
     """16 random bytes, fresh per process"""
     roster_hash: _builtins.bytes
     software: _builtins.str
     federation: _builtins.str
     """as in GreetRequest"""
+    newest: _builtins.int
+    """as in GreetRequest"""
+    request: _builtins.bytes
     def __init__(
         self,
         *,
@@ -104,10 +116,12 @@ class JoinRequest(_message.Message):
         roster_hash: _builtins.bytes = ...,
         software: _builtins.str = ...,
         federation: _builtins.str = ...,
+        newest: _builtins.int = ...,
+        request: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "protocol", b"protocol", "roster_hash", b"roster_hash", "session", b"session", "software", b"software"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["federation", b"federation", "newest", b"newest", "protocol", b"protocol", "request", b"request", "roster_hash", b"roster_hash", "session", b"session", "software", b"software"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -121,6 +135,7 @@ class JoinReply(_message.Message):
     RUN_FIELD_NUMBER: _builtins.int
     SETTINGS_JSON_FIELD_NUMBER: _builtins.int
     protocol: _builtins.int
+    """as in GreetReply"""
     run: _builtins.bytes
     settings_json: _builtins.str
     """RunSettings.canonical()"""
@@ -374,19 +389,22 @@ class PhaseMessage(_message.Message):
     SESSION_FIELD_NUMBER: _builtins.int
     CTX_FIELD_NUMBER: _builtins.int
     PAYLOAD_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     ctx: _builtins.bytes
     payload: _builtins.bytes
+    request: _builtins.bytes
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         ctx: _builtins.bytes = ...,
         payload: _builtins.bytes = ...,
+        request: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ctx", b"ctx", "payload", b"payload", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ctx", b"ctx", "payload", b"payload", "request", b"request", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -400,11 +418,13 @@ class UploadHeader(_message.Message):
     CTX_FIELD_NUMBER: _builtins.int
     HEADER_FIELD_NUMBER: _builtins.int
     SIZE_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     ctx: _builtins.bytes
     header: _builtins.bytes
     size: _builtins.int
     """bytes of the whole payload"""
+    request: _builtins.bytes
     def __init__(
         self,
         *,
@@ -412,32 +432,63 @@ class UploadHeader(_message.Message):
         ctx: _builtins.bytes = ...,
         header: _builtins.bytes = ...,
         size: _builtins.int = ...,
+        request: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["ctx", b"ctx", "header", b"header", "session", b"session", "size", b"size"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["ctx", b"ctx", "header", b"header", "request", b"request", "session", b"session", "size", b"size"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___UploadHeader: _TypeAlias = UploadHeader  # noqa: Y015
 
 @_typing.final
+class UploadProgress(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OFFSET_FIELD_NUMBER: _builtins.int
+    COMPLETE_FIELD_NUMBER: _builtins.int
+    offset: _builtins.int
+    """bytes that have come, in order from the beginning"""
+    complete: _builtins.bool
+    """counted: nothing is left to send"""
+    def __init__(
+        self,
+        *,
+        offset: _builtins.int = ...,
+        complete: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["complete", b"complete", "offset", b"offset"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___UploadProgress: _TypeAlias = UploadProgress  # noqa: Y015
+
+@_typing.final
 class Chunk(_message.Message):
+    """1 MiB, the last one what is left."""
+
     DESCRIPTOR: _descriptor.Descriptor
 
     OFFSET_FIELD_NUMBER: _builtins.int
     DATA_FIELD_NUMBER: _builtins.int
+    SHA256_FIELD_NUMBER: _builtins.int
     offset: _builtins.int
     data: _builtins.bytes
+    sha256: _builtins.bytes
+    """of data, in uploads"""
     def __init__(
         self,
         *,
         offset: _builtins.int = ...,
         data: _builtins.bytes = ...,
+        sha256: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["data", b"data", "offset", b"offset", "sha256", b"sha256"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -475,17 +526,21 @@ class FetchRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     DIGEST_FIELD_NUMBER: _builtins.int
+    OFFSET_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     digest: _builtins.bytes
+    offset: _builtins.int
+    """bytes that the site has already"""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         digest: _builtins.bytes = ...,
+        offset: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "offset", b"offset", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -497,18 +552,22 @@ class BeatRequest(_message.Message):
 
     SESSION_FIELD_NUMBER: _builtins.int
     LEAVING_FIELD_NUMBER: _builtins.int
+    REQUEST_FIELD_NUMBER: _builtins.int
     session: _builtins.bytes
     leaving: _builtins.str
     """code of the error for which the site leaves; empty while it works"""
+    request: _builtins.bytes
+    """only where it leaves"""
     def __init__(
         self,
         *,
         session: _builtins.bytes = ...,
         leaving: _builtins.str = ...,
+        request: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaving", b"leaving", "session", b"session"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["leaving", b"leaving", "request", b"request", "session", b"session"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -26,7 +26,12 @@ if _version_not_supported:
 
 
 class FederationStub:
-    """Missing associated documentation comment in .proto file."""
+    """Versions: a site names the range it speaks, the aggregator answers with the highest version that both speak.
+    1  as first released
+    2  request ids, hashes of uploaded chunks, UploadStatus, FetchRequest.offset
+    A `request` of 16 random bytes names one call that changes something: repeated, it gets the same answer and changes
+    nothing again. Empty: a site of version 1.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -59,6 +64,11 @@ class FederationStub:
                 request_serializer=fedsecure_dot_v1_dot_federation__pb2.UploadPart.SerializeToString,
                 response_deserializer=fedsecure_dot_v1_dot_federation__pb2.Ack.FromString,
                 _registered_method=True)
+        self.UploadStatus = channel.unary_unary(
+                '/fedsecure.v1.Federation/UploadStatus',
+                request_serializer=fedsecure_dot_v1_dot_federation__pb2.UploadHeader.SerializeToString,
+                response_deserializer=fedsecure_dot_v1_dot_federation__pb2.UploadProgress.FromString,
+                _registered_method=True)
         self.Fetch = channel.unary_stream(
                 '/fedsecure.v1.Federation/Fetch',
                 request_serializer=fedsecure_dot_v1_dot_federation__pb2.FetchRequest.SerializeToString,
@@ -72,7 +82,12 @@ class FederationStub:
 
 
 class FederationServicer:
-    """Missing associated documentation comment in .proto file."""
+    """Versions: a site names the range it speaks, the aggregator answers with the highest version that both speak.
+    1  as first released
+    2  request ids, hashes of uploaded chunks, UploadStatus, FetchRequest.offset
+    A `request` of 16 random bytes names one call that changes something: repeated, it gets the same answer and changes
+    nothing again. Empty: a site of version 1.
+    """
 
     def Greet(self, request, context):
         """Whether the line works, before or beside a session: changes nothing.
@@ -103,14 +118,21 @@ class FederationServicer:
         raise NotImplementedError('Method not implemented!')
 
     def Upload(self, request_iterator, context):
-        """The masked vector: one UploadHeader, then chunks with strictly increasing offsets.
+        """The masked vector: one UploadHeader, then chunks without gaps, from offset 0 or from where UploadStatus says.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def UploadStatus(self, request, context):
+        """How far the aggregator has an upload of that header; ends a stream of it that broke (since version 2).
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
     def Fetch(self, request, context):
-        """A broadcast tensor by its hash.
+        """A broadcast tensor by its hash, from an offset on.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -151,6 +173,11 @@ def add_FederationServicer_to_server(servicer, server):
                     request_deserializer=fedsecure_dot_v1_dot_federation__pb2.UploadPart.FromString,
                     response_serializer=fedsecure_dot_v1_dot_federation__pb2.Ack.SerializeToString,
             ),
+            'UploadStatus': grpc.unary_unary_rpc_method_handler(
+                    servicer.UploadStatus,
+                    request_deserializer=fedsecure_dot_v1_dot_federation__pb2.UploadHeader.FromString,
+                    response_serializer=fedsecure_dot_v1_dot_federation__pb2.UploadProgress.SerializeToString,
+            ),
             'Fetch': grpc.unary_stream_rpc_method_handler(
                     servicer.Fetch,
                     request_deserializer=fedsecure_dot_v1_dot_federation__pb2.FetchRequest.FromString,
@@ -170,7 +197,12 @@ def add_FederationServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class Federation:
-    """Missing associated documentation comment in .proto file."""
+    """Versions: a site names the range it speaks, the aggregator answers with the highest version that both speak.
+    1  as first released
+    2  request ids, hashes of uploaded chunks, UploadStatus, FetchRequest.offset
+    A `request` of 16 random bytes names one call that changes something: repeated, it gets the same answer and changes
+    nothing again. Empty: a site of version 1.
+    """
 
     @staticmethod
     def Greet(request,
@@ -297,6 +329,33 @@ class Federation:
             '/fedsecure.v1.Federation/Upload',
             fedsecure_dot_v1_dot_federation__pb2.UploadPart.SerializeToString,
             fedsecure_dot_v1_dot_federation__pb2.Ack.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def UploadStatus(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/fedsecure.v1.Federation/UploadStatus',
+            fedsecure_dot_v1_dot_federation__pb2.UploadHeader.SerializeToString,
+            fedsecure_dot_v1_dot_federation__pb2.UploadProgress.FromString,
             options,
             channel_credentials,
             insecure,

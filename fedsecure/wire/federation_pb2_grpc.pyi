@@ -29,6 +29,13 @@ GRPC_GENERATED_VERSION: str
 GRPC_VERSION: str
 
 class FederationStub:
+    """Versions: a site names the range it speaks, the aggregator answers with the highest version that both speak.
+      1  as first released
+      2  request ids, hashes of uploaded chunks, UploadStatus, FetchRequest.offset
+    A `request` of 16 random bytes names one call that changes something: repeated, it gets the same answer and changes
+    nothing again. Empty: a site of version 1.
+    """
+
     @_typing.overload
     def __new__(cls, channel: _grpc.Channel) -> _Self: ...
     @_typing.overload
@@ -42,14 +49,23 @@ class FederationStub:
     Send: _grpc.UnaryUnaryMultiCallable[_federation_pb2.PhaseMessage, _federation_pb2.Ack]
     """A small protocol message: advertisement, shares, survivor signature, unmasking shares."""
     Upload: _grpc.StreamUnaryMultiCallable[_federation_pb2.UploadPart, _federation_pb2.Ack]
-    """The masked vector: one UploadHeader, then chunks with strictly increasing offsets."""
+    """The masked vector: one UploadHeader, then chunks without gaps, from offset 0 or from where UploadStatus says."""
+    UploadStatus: _grpc.UnaryUnaryMultiCallable[_federation_pb2.UploadHeader, _federation_pb2.UploadProgress]
+    """How far the aggregator has an upload of that header; ends a stream of it that broke (since version 2)."""
     Fetch: _grpc.UnaryStreamMultiCallable[_federation_pb2.FetchRequest, _federation_pb2.Chunk]
-    """A broadcast tensor by its hash."""
+    """A broadcast tensor by its hash, from an offset on."""
     Beat: _grpc.UnaryUnaryMultiCallable[_federation_pb2.BeatRequest, _federation_pb2.Ack]
     """Held open while the site works, so that either side notices when the other is gone."""
 
 @_typing.type_check_only
 class FederationAsyncStub(FederationStub):
+    """Versions: a site names the range it speaks, the aggregator answers with the highest version that both speak.
+      1  as first released
+      2  request ids, hashes of uploaded chunks, UploadStatus, FetchRequest.offset
+    A `request` of 16 random bytes names one call that changes something: repeated, it gets the same answer and changes
+    nothing again. Empty: a site of version 1.
+    """
+
     def __init__(self, channel: _aio.Channel) -> None: ...
     Greet: _aio.UnaryUnaryMultiCallable[_federation_pb2.GreetRequest, _federation_pb2.GreetReply]  # type: ignore[assignment]
     """Whether the line works, before or beside a session: changes nothing."""
@@ -60,13 +76,22 @@ class FederationAsyncStub(FederationStub):
     Send: _aio.UnaryUnaryMultiCallable[_federation_pb2.PhaseMessage, _federation_pb2.Ack]  # type: ignore[assignment]
     """A small protocol message: advertisement, shares, survivor signature, unmasking shares."""
     Upload: _aio.StreamUnaryMultiCallable[_federation_pb2.UploadPart, _federation_pb2.Ack]  # type: ignore[assignment]
-    """The masked vector: one UploadHeader, then chunks with strictly increasing offsets."""
+    """The masked vector: one UploadHeader, then chunks without gaps, from offset 0 or from where UploadStatus says."""
+    UploadStatus: _aio.UnaryUnaryMultiCallable[_federation_pb2.UploadHeader, _federation_pb2.UploadProgress]  # type: ignore[assignment]
+    """How far the aggregator has an upload of that header; ends a stream of it that broke (since version 2)."""
     Fetch: _aio.UnaryStreamMultiCallable[_federation_pb2.FetchRequest, _federation_pb2.Chunk]  # type: ignore[assignment]
-    """A broadcast tensor by its hash."""
+    """A broadcast tensor by its hash, from an offset on."""
     Beat: _aio.UnaryUnaryMultiCallable[_federation_pb2.BeatRequest, _federation_pb2.Ack]  # type: ignore[assignment]
     """Held open while the site works, so that either side notices when the other is gone."""
 
 class FederationServicer(metaclass=_abc_1.ABCMeta):
+    """Versions: a site names the range it speaks, the aggregator answers with the highest version that both speak.
+      1  as first released
+      2  request ids, hashes of uploaded chunks, UploadStatus, FetchRequest.offset
+    A `request` of 16 random bytes names one call that changes something: repeated, it gets the same answer and changes
+    nothing again. Empty: a site of version 1.
+    """
+
     @_abc_1.abstractmethod
     def Greet(
         self,
@@ -105,7 +130,15 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request_iterator: _MaybeAsyncIterator[_federation_pb2.UploadPart],
         context: _ServicerContext,
     ) -> _typing.Union[_federation_pb2.Ack, _abc.Awaitable[_federation_pb2.Ack]]:
-        """The masked vector: one UploadHeader, then chunks with strictly increasing offsets."""
+        """The masked vector: one UploadHeader, then chunks without gaps, from offset 0 or from where UploadStatus says."""
+
+    @_abc_1.abstractmethod
+    def UploadStatus(
+        self,
+        request: _federation_pb2.UploadHeader,
+        context: _ServicerContext,
+    ) -> _typing.Union[_federation_pb2.UploadProgress, _abc.Awaitable[_federation_pb2.UploadProgress]]:
+        """How far the aggregator has an upload of that header; ends a stream of it that broke (since version 2)."""
 
     @_abc_1.abstractmethod
     def Fetch(
@@ -113,7 +146,7 @@ class FederationServicer(metaclass=_abc_1.ABCMeta):
         request: _federation_pb2.FetchRequest,
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_federation_pb2.Chunk], _abc.AsyncIterator[_federation_pb2.Chunk]]:
-        """A broadcast tensor by its hash."""
+        """A broadcast tensor by its hash, from an offset on."""
 
     @_abc_1.abstractmethod
     def Beat(

@@ -55,7 +55,6 @@ SHARED = {
     "FS-1238": {"learning/engines.py", "learning/training.py"},
     "FS-1403": {"identity/keys.py", "identity/provision.py", "simulation/scaffold.py"},
     "FS-1452": {"aggregator/admission.py", "site/doctor.py"},
-    "FS-1503": {"aggregator/admission.py", "site/doctor.py"},
     "FS-1631": {"learning/adapters.py", "learning/training.py"},
     "FS-1632": {"learning/adapters.py", "learning/modules.py", "learning/reference.py"},
     "FS-1638": {"learning/distillation.py", "learning/engines.py", "learning/evaluation.py", "learning/features.py"},

@@ -147,7 +147,7 @@ def test_a_certificate_of_another_federation_is_refused(deploy: Any, tmp_path: P
     (tmp_path / "foreign" / "sites" / "site-1" / "identity").rename(own)
     done = fedsecure("join", "--config", file, timeout=240)
     assert done.returncode == 1
-    assert "FS-1453" in done.stderr or "FS-1501" in done.stderr
+    assert "FS-1457" in done.stderr or "FS-1501" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import threading
 import time
 from collections.abc import Iterator
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from served_world import Served
 
-from fedsecure.aggregator import service as module
+from fedsecure.aggregator.limits import MAX_CALLS
 from fedsecure.errors import FedsecureError, RunError, TransportError
 from fedsecure.messages import digest_tensor
 from fedsecure.transport.channel import GrpcTransport
@@ -83,68 +82,17 @@ def test_an_upload_that_does_not_fit_is_refused_at_its_header(served: Served) ->
         lines["site-1"].upload(header_for(served, size), memoryview(bytes(size)))
 
 
-def parts(*chunks: tuple[int, bytes]) -> Any:
-    async def stream() -> Any:
-        for offset, data in chunks:
-            yield pb.UploadPart(chunk=pb.Chunk(offset=offset, data=data))
-
-    return stream()
-
-
-def test_chunks_fill_the_buffer_in_order_and_exactly() -> None:
-    whole = memoryview(bytearray(6))
-    asyncio.run(module._fill(whole, parts((0, b"abc"), (3, b"def"))))
-    assert bytes(whole) == b"abcdef"
-
-
-@pytest.mark.parametrize(
-    ("chunks", "code"),
-    [
-        ([(0, b"abc")], "FS-1507"),
-        ([(0, b"abc"), (0, b"abc")], "FS-1506"),
-        ([(3, b"def"), (0, b"abc")], "FS-1506"),
-        ([(0, b"abcdefg")], "FS-1506"),
-        ([], "FS-1507"),
-    ],
-    ids=["half", "repeated", "out of order", "too long", "empty"],
-)
-def test_chunks_that_do_not_are_refused(chunks: list[tuple[int, bytes]], code: str) -> None:
-    with pytest.raises(TransportError, match=code):
-        asyncio.run(module._fill(memoryview(bytearray(6)), parts(*chunks)))
-
-
-def test_a_half_open_upload_ends(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "PART_SECONDS", 0.01)
-
-    async def stalled() -> Any:
-        yield pb.UploadPart(chunk=pb.Chunk(offset=0, data=b"abc"))
-        await asyncio.Event().wait()
-
-    with pytest.raises(TransportError, match="FS-1512"):
-        asyncio.run(module._fill(memoryview(bytearray(6)), stalled()))
-
-
-def test_one_upload_a_site_at_a_time(served: Served) -> None:
-    with served.service._one_upload("site-1"):
-        with served.service._one_upload("site-2"):
-            pass
-        with pytest.raises(TransportError, match="FS-1511"), served.service._one_upload("site-1"):
-            pass
-    with served.service._one_upload("site-1"):
-        pass
-
-
 def test_one_sites_flood_of_calls_is_refused_and_others_are_served(served: Served) -> None:
     flood = served.joined("site-1")
     flood._patience = 2.0
     request = pb.NextRequest(session=served.tokens["site-1"])
-    with ThreadPoolExecutor(max_workers=module.MAX_CALLS) as pool:
-        polls = [pool.submit(flood.next, request) for _ in range(module.MAX_CALLS)]
+    with ThreadPoolExecutor(max_workers=MAX_CALLS) as pool:
+        polls = [pool.submit(flood.next, request) for _ in range(MAX_CALLS)]
         give_up = time.monotonic() + 20
-        while served.service._calls["site-1"] < module.MAX_CALLS:
+        while served.service._limits.calls("site-1") < MAX_CALLS:
             assert time.monotonic() < give_up
             time.sleep(0.01)
-        with pytest.raises(TransportError, match="FS-1501"):
+        with pytest.raises(TransportError, match="FS-1510"):
             # Tried again for two seconds, as long as the line is busy.
             flood.next(request)
         others = [served.joined(name) for name in ("site-2", "site-3")]
@@ -153,7 +101,7 @@ def test_one_sites_flood_of_calls_is_refused_and_others_are_served(served: Serve
             "all were woken by the first question"
         )
     give_up = time.monotonic() + 20
-    while served.service._calls["site-1"]:
+    while served.service._limits.calls("site-1"):
         assert time.monotonic() < give_up
         time.sleep(0.01)
 
