@@ -42,7 +42,6 @@ class Service(rpc.FederationServicer):
     def __init__(self, coordinator: Coordinator | House, identity: Identity) -> None:
         self._core = coordinator
         self._identity = identity
-        self._changed = asyncio.Event()
         self._calls: Counter[str] = Counter()
         self._uploading: set[str] = set()
 
@@ -75,13 +74,13 @@ class Service(rpc.FederationServicer):
             with self._call(context) as site:
                 give_up = time.monotonic() + POLL_SECONDS
                 while True:
-                    now = time.monotonic()
-                    found = self._core.poll(site, request.session, request.after, now)
+                    now, news = time.monotonic(), asyncio.Event()
+                    found = self._core.poll(site, request.session, request.after, now, news.set)
                     if found is not None:
                         return found
                     if now >= give_up:
                         return pb.Directive(wait=pb.Wait(reason=self._core.reason(now)))
-                    await self._sleep(site, request.session, give_up - now)
+                    await self._sleep(site, request.session, give_up - now, news)
         except Exception as error:
             await _refuse(context, error)
 
@@ -93,7 +92,7 @@ class Service(rpc.FederationServicer):
                 self._progress()
                 while (now := time.monotonic()) < give_up:
                     self._core.beat(site, request.session, now)
-                    await self._sleep(site, request.session, min(1.0, give_up - now))
+                    await self._sleep(site, request.session, min(1.0, give_up - now), asyncio.Event())
                 return pb.Ack()
         except Exception as error:
             await _refuse(context, error)
@@ -197,14 +196,13 @@ class Service(rpc.FederationServicer):
         )
 
     def _progress(self) -> None:
-        """Do what is due and wake everybody who waits; each wait has an event of its own generation."""
+        """Do what is due; whoever is told something is woken, and nobody else."""
         self._core.tick(time.monotonic())
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
-    async def _sleep(self, site: str, token: bytes, seconds: float) -> None:
+    async def _sleep(self, site: str, token: bytes, seconds: float, news: asyncio.Event) -> None:
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout=seconds)
+            async with asyncio.timeout(seconds):
+                await news.wait()
         except TimeoutError:
             pass
         except asyncio.CancelledError:
