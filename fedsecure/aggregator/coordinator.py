@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from hmac import compare_digest
 from typing import Any
@@ -34,6 +34,8 @@ from fedsecure.methods.registry import load_method, load_training_method
 from fedsecure.secagg.phases import Phase
 from fedsecure.wire import federation_pb2 as pb
 
+# Sites named in a reason: every site that waits is told it.
+_NAMED = 20
 log = logging.getLogger("fedsecure.aggregator")
 # Ends that a new process does not take for the run's: sites may come, the disk may be mended.
 _NOT_FINAL = ("FS-1701",)
@@ -109,9 +111,12 @@ class Coordinator:
                 self.sessions.tell(site, finished=self._ended)
         return pb.JoinReply(protocol=PROTOCOL, run=self.run, settings_json=self.settings.canonical())
 
-    def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
-        """The first directive after number ``after``, or None if there is nothing yet."""
-        return self.sessions.poll(site, token, after, now)
+    def poll(
+        self, site: str, token: bytes, after: int, now: float, wake: Callable[[], None] | None = None
+    ) -> pb.Directive | None:
+        """The first directive after number ``after``, or None if there is nothing yet; ``wake`` is called when there
+        is."""
+        return self.sessions.poll(site, token, after, now, wake)
 
     def beat(self, site: str, token: bytes, now: float, leaving: str = "") -> None:
         """The site is there, and working; or it is leaving, for the reason with that code."""
@@ -199,7 +204,8 @@ class Coordinator:
         cohort, _ = self._cohort()
         running = self._set_up if self._preparing else self._attempt
         missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.ready(s, now)]
-        seen = [self.sessions.last_seen(site, now) for site in missing]
+        seen = [self.sessions.last_seen(site, now) for site in missing[:_NAMED]]
+        seen += [f"and {len(missing) - _NAMED} more"] if len(missing) > _NAMED else []
         what = f"{running.phase.name.lower()} of round {self._account.round}" if running else "joining"
         return f"{what}: waiting for {len(missing)} of {len(cohort)} sites" + (": " + ", ".join(seen) if seen else "")
 

@@ -6,7 +6,7 @@ The runs share nothing but the port: each has its own sessions, database rows an
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.errors import RunError
@@ -49,8 +49,10 @@ class House:
         self._tokens[place], self._of[token] = token, core
         return reply
 
-    def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
-        return self._core(token).poll(site, token, after, now)
+    def poll(
+        self, site: str, token: bytes, after: int, now: float, wake: Callable[[], None] | None = None
+    ) -> pb.Directive | None:
+        return self._core(token).poll(site, token, after, now, wake)
 
     def beat(self, site: str, token: bytes, now: float, leaving: str = "") -> None:
         self._core(token).beat(site, token, now, leaving)

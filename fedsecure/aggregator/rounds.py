@@ -77,8 +77,7 @@ class Attempt:
         Raises:
             RoundAborted: too few sites are left; names who is missing.
         """
-        missing = self._server.waiting_for()
-        if missing and any(alive(site) for site in missing) and now < self._deadline:
+        if now < self._deadline and self._server.waits(alive):
             return None
         if self._server.phase is Phase.UNMASK:
             result = self._server.finish()
@@ -126,8 +125,7 @@ class SetUp:
             RoundAborted: too few sites are left; or FS-1363, too few of those that shared keys: a set-up that can serve
                 nobody counts as a failed attempt, so the run does not set up keys for ever.
         """
-        missing = self._server.waiting_for()
-        if missing and any(alive(site) for site in missing) and now < self._deadline:
+        if now < self._deadline and self._server.waits(alive):
             return None
         relays = dict(self._server.close())
         if self.phase is Phase.DONE:

@@ -6,7 +6,7 @@ A pure step function over a state that can be saved: the coordinator saves it af
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from fedsecure.config import RunSettings
@@ -34,6 +34,7 @@ class Schedule:
     settings: RunSettings
     method: Method
     evaluate: Method
+    _asked: list[tuple[Progress, Ask | None]] = field(default_factory=list, compare=False, repr=False)
 
     def start(self) -> Progress:
         _, cohort = cohort_of(self.settings, trainers_only=True)
@@ -42,6 +43,12 @@ class Schedule:
 
     def ask(self, progress: Progress) -> Ask | None:
         """The next question, or None when the run is over."""
+        # Wanted at every call of every site while a round waits for enough of them; a plan takes milliseconds.
+        if not self._asked or self._asked[0][0] is not progress:
+            self._asked[:] = [(progress, self._question(progress))]
+        return self._asked[0][1]
+
+    def _question(self, progress: Progress) -> Ask | None:
         if progress.stage == "done":
             return None
         if progress.stage == "training":

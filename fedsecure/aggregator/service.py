@@ -44,7 +44,6 @@ class Service(rpc.FederationServicer):
     def __init__(self, coordinator: Coordinator | House, identity: Identity) -> None:
         self._core = coordinator
         self._identity = identity
-        self._changed = asyncio.Event()
         self._limits = Limits()
         self._answers = Answers()
         self._uploads = Uploads()
@@ -77,13 +76,13 @@ class Service(rpc.FederationServicer):
         async with self._call(context) as site:
             give_up = time.monotonic() + POLL_SECONDS
             while True:
-                now = time.monotonic()
-                found = self._core.poll(site, request.session, request.after, now)
+                now, news = time.monotonic(), asyncio.Event()
+                found = self._core.poll(site, request.session, request.after, now, news.set)
                 if found is not None:
                     return found
                 if now >= give_up:
                     return pb.Directive(wait=pb.Wait(reason=self._core.reason(now)))
-                await self._sleep(site, request.session, give_up - now)
+                await self._sleep(site, request.session, give_up - now, news)
 
     async def Beat(self, request: pb.BeatRequest, context: _Context) -> pb.Ack:
         async with self._call(context) as site:
@@ -97,7 +96,7 @@ class Service(rpc.FederationServicer):
             give_up = time.monotonic() + (0.0 if request.leaving else POLL_SECONDS)
             while (now := time.monotonic()) < give_up:
                 self._core.beat(site, request.session, now)
-                await self._sleep(site, request.session, min(1.0, give_up - now))
+                await self._sleep(site, request.session, min(1.0, give_up - now), asyncio.Event())
             return reply
 
     async def Send(self, request: pb.PhaseMessage, context: _Context) -> pb.Ack:
@@ -223,14 +222,13 @@ class Service(rpc.FederationServicer):
         )
 
     def _progress(self) -> None:
-        """Do what is due and wake everybody who waits; each wait has an event of its own generation."""
+        """Do what is due; whoever is told something is woken, and nobody else."""
         self._core.tick(time.monotonic())
-        changed, self._changed = self._changed, asyncio.Event()
-        changed.set()
 
-    async def _sleep(self, site: str, token: bytes, seconds: float) -> None:
+    async def _sleep(self, site: str, token: bytes, seconds: float, news: asyncio.Event) -> None:
         try:
-            await asyncio.wait_for(self._changed.wait(), timeout=seconds)
+            async with asyncio.timeout(seconds):
+                await news.wait()
         except TimeoutError:
             pass
         except asyncio.CancelledError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from hmac import compare_digest
 from typing import Any
@@ -31,13 +31,15 @@ class Session:
 
     ``asked`` is the context of the question it got last: a process that joined later has no keys of an attempt in
     progress. ``leaving`` is the code it gave for going. ``ready``: it has asked for something to do; between joining
-    and that a site loads its encoder and checks its budget.
+    and that a site loads its encoder and checks its budget. ``outbox`` holds what each directive says, one message
+    perhaps for many sites; ``wake`` is called with the next one.
     """
 
     token: bytes
     heard: float
     sent: int = 0
-    outbox: deque[pb.Directive] = field(default_factory=lambda: deque(maxlen=OUTBOX))
+    outbox: deque[tuple[int, Mapping[str, Any]]] = field(default_factory=lambda: deque(maxlen=OUTBOX))
+    wake: Callable[[], None] | None = None
     asked: bytes = b""
     left: bool = False
     leaving: str = ""
@@ -70,6 +72,7 @@ class Sessions:
             )
         if not known:
             self._sessions[site] = Session(token=bytes(token), heard=now)
+            _wake(old)
             log.info("joined", extra={"site": site})
         self._sessions[site].heard = now
         return not known
@@ -87,16 +90,23 @@ class Sessions:
         session.heard = now
         return session
 
-    def poll(self, site: str, token: bytes, after: int, now: float) -> pb.Directive | None:
-        """The first directive after number ``after``, or None if there is nothing yet."""
+    def poll(
+        self, site: str, token: bytes, after: int, now: float, wake: Callable[[], None] | None = None
+    ) -> pb.Directive | None:
+        """The first directive after number ``after``, or None if there is nothing yet: then ``wake`` is called once,
+        when there is, or when the session has ended."""
         session = self.hear(site, token, now)
         session.ready = True
-        while session.outbox and session.outbox[0].sequence <= after:
-            done = session.outbox.popleft()
-            session.left = session.left or done.WhichOneof("kind") == "finished"
+        while session.outbox and session.outbox[0][0] <= after:
+            _, done = session.outbox.popleft()
+            session.left = session.left or "finished" in done
         if session.left:
             return pb.Directive(wait=pb.Wait(reason="the run is over"))
-        return session.outbox[0] if session.outbox else None
+        if session.outbox:
+            sequence, kind = session.outbox[0]
+            return pb.Directive(sequence=sequence, **kind)
+        session.wake = wake
+        return None
 
     def beat(self, site: str, token: bytes, now: float, leaving: str) -> None:
         """The site is there; or it is leaving, for the reason with that code."""
@@ -168,7 +178,8 @@ class Sessions:
         session = self._sessions.get(site)
         if session is not None:
             session.sent += 1
-            session.outbox.append(pb.Directive(sequence=session.sent, **kind))
+            session.outbox.append((session.sent, kind))
+            _wake(session)
 
     def tell_all(self, **kind: Any) -> None:
         """The same to every site that has joined."""
@@ -182,9 +193,12 @@ class Sessions:
             self.tell(site, **kind)
 
     def relay(self, ctx: bytes, phase: str, relays: Mapping[str, bytes]) -> None:
-        """Each site's broadcast of a phase."""
+        """Each site's broadcast of a phase; what is the same for all is kept once."""
+        last, relay = None, pb.Relay()
         for site, payload in relays.items():
-            self.tell(site, relay=pb.Relay(ctx=ctx, phase=phase, payload=payload))
+            if payload is not last:
+                last, relay = payload, pb.Relay(ctx=ctx, phase=phase, payload=payload)
+            self.tell(site, relay=relay)
 
     def tell_asked(self, sites: Iterable[str], ctx: bytes, *, code: str, reason: str) -> None:
         """What became of an attempt, to the processes that were asked to take part in it."""
@@ -200,6 +214,12 @@ def span(seconds: float) -> str:
         if round(seconds / length) < below:
             return f"{max(0.0, seconds) / length:.0f} {unit}"
     return f"{seconds / 86_400:.0f} days"
+
+
+def _wake(session: Session | None) -> None:
+    if session is not None and session.wake is not None:
+        wake, session.wake = session.wake, None
+        wake()
 
 
 __all__ = ["Session", "Sessions", "span"]

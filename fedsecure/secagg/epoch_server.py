@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
@@ -94,6 +94,10 @@ class EpochServer:
     def waiting_for(self) -> tuple[str, ...]:
         """Sites whose message of this phase has not come, in protocol order."""
         return () if self.phase in (Phase.DONE, Phase.ABORTED) else self._inbox.waiting_for()
+
+    def waits(self, alive: Callable[[str], bool]) -> bool:
+        """Whether one of them is ``alive``; asked after every message, so mostly of the first of them only."""
+        return self.phase not in (Phase.DONE, Phase.ABORTED) and any(map(alive, self._inbox.missing()))
 
     def can_close(self) -> bool:
         """Whether enough messages have come for the set-up to go on without the rest."""

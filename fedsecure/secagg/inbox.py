@@ -4,7 +4,7 @@ phase are refused (secagg.md §3.3)."""
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from fedsecure.secagg import transcript
@@ -30,10 +30,11 @@ class Inbox:
     expected: tuple[int, ...] = ()
     _seen: dict[tuple[Phase, int], bytes] = field(default_factory=dict)  # digests
     _index: dict[str, int] = field(default_factory=dict)
+    _missing: dict[int, None] = field(default_factory=dict)  # of this phase, in order
 
     def __post_init__(self) -> None:
         self._index = {site: index for index, site in enumerate(self.party.cohort, start=1)}
-        self.expected = tuple(self.party.keys)
+        self.open(self.phase, self.party.keys)
 
     def sender(self, site: str) -> int:
         """Protocol index of an authenticated sender; FS-1322 where it is not in the cohort."""
@@ -65,20 +66,25 @@ class Inbox:
     def remember(self, index: int, message: bytes) -> None:
         """Note that a message of this phase is accepted."""
         self._seen[self.phase, index] = hashlib.sha256(message).digest()
+        self._missing.pop(index, None)
 
     @property
     def count(self) -> int:
         """Messages of this phase so far."""
-        return sum(phase is self.phase for phase, _ in self._seen)
+        return len(self.expected) - len(self._missing)
+
+    def missing(self) -> Iterator[str]:
+        """Sites whose message of this phase has not come, in protocol order, one by one."""
+        return (self.party.cohort[index - 1] for index in self._missing)
 
     def waiting_for(self) -> tuple[str, ...]:
-        """Sites whose message of this phase has not come, in protocol order."""
-        got = {index for phase, index in self._seen if phase is self.phase}
-        return self.party.names(i for i in self.expected if i not in got)
+        """The same, all of them."""
+        return tuple(self.missing())
 
     def open(self, phase: Phase, members: Iterable[int]) -> None:
         """Begin a phase in which ``members`` may speak."""
         self.phase, self.expected = phase, tuple(sorted(members))
+        self._missing = dict.fromkeys(self.expected)
 
     def to_all(self, message: pb.ServerMessage) -> Mapping[str, bytes]:
         """The same bytes for everybody who may speak next."""

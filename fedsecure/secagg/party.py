@@ -56,7 +56,9 @@ class Party:
             raise broken("FS-1336", f"a cohort without {site!r}", "a cohort with this site in it")
         self.cohort, self.ctx = descriptor.cohort, descriptor.ctx
         self.aggregator_key = roster.aggregator_key
-        self.keys = {i: roster.find(member).identity_key for i, member in enumerate(self.cohort, start=1)}
+        entries = {entry.site: entry for entry in roster.entries}
+        members = (entries.get(member) or roster.find(member) for member in self.cohort)
+        self.keys = {i: member.identity_key for i, member in enumerate(members, start=1)}
         self._signing_key = signing_key
         expected = self.aggregator_key if site is None else roster.find(site).identity_key
         if identity_keys.public_bytes(signing_key) != expected:

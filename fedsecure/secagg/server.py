@@ -10,7 +10,7 @@ out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -188,6 +188,10 @@ class SecAggServer:
     def waiting_for(self) -> tuple[str, ...]:
         """Sites whose message of this phase has not come, in protocol order."""
         return self._inbox.waiting_for()
+
+    def waits(self, alive: Callable[[str], bool]) -> bool:
+        """Whether one of them is ``alive``; asked after every message, so mostly of the first of them only."""
+        return any(map(alive, self._inbox.missing()))
 
     def can_close(self) -> bool:
         """Whether enough messages have come for the round to go on without the rest."""
