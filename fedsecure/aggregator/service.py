@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NoReturn
 
@@ -19,8 +19,9 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedsecure.aggregator.coordinator import PROTOCOL, Coordinator
 from fedsecure.aggregator.house import House
-from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError, RunError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, RunError, TransportError
 from fedsecure.identity.provision import Identity
+from fedsecure.identity.standing import Standing
 from fedsecure.transport.base import CHUNK_BYTES
 from fedsecure.transport.status import to_details
 from fedsecure.transport.tls import KEEPALIVE, LIMITS, grpc, server_credentials
@@ -39,9 +40,10 @@ log = logging.getLogger("fedsecure.aggregator")
 class Service(rpc.FederationServicer):
     """gRPC face of one coordinator, or of a house of several."""
 
-    def __init__(self, coordinator: Coordinator | House, identity: Identity) -> None:
+    def __init__(self, coordinator: Coordinator | House, identity: Identity, standing: Standing | None = None) -> None:
         self._core = coordinator
         self._identity = identity
+        self._standing = standing or Standing(identity)
         self._changed = asyncio.Event()
         self._calls: Counter[str] = Counter()
         self._uploading: set[str] = set()
@@ -114,7 +116,7 @@ class Service(rpc.FederationServicer):
                 header = (await _part(stream) or pb.UploadPart()).header
                 whole = self._core.expect_upload(site, header, time.monotonic())
                 if whole is not None:
-                    await _fill(whole, stream)
+                    await _fill(whole, stream, check=lambda: self._caller(context))
                     self._core.upload(site, header, whole, time.monotonic())
                     self._progress()
                 return pb.Ack()
@@ -126,6 +128,7 @@ class Service(rpc.FederationServicer):
             with self._call(context) as site:
                 blob = self._core.fetch(site, request.session, request.digest, time.monotonic())
                 for offset in range(0, len(blob), CHUNK_BYTES):
+                    self._caller(context)
                     yield pb.Chunk(offset=offset, data=blob[offset : offset + CHUNK_BYTES])
         except Exception as error:
             await _refuse(context, error)
@@ -162,6 +165,8 @@ class Service(rpc.FederationServicer):
         self._calls[site] += 1
         try:
             yield site
+            # Nothing is answered to who was taken out of the roster meanwhile.
+            self._caller(context)
         finally:
             self._calls[site] -= 1
 
@@ -185,16 +190,8 @@ class Service(rpc.FederationServicer):
         pems = list(context.auth_context().get("x509_pem_cert", ()))
         if pems:
             certificate = x509.load_pem_x509_certificate(pems[0])
-            print_ = hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest()
-            for entry in self._identity.roster.entries:
-                if entry.tls_fingerprint == print_:
-                    return entry.site
-        raise IdentityError(
-            "FS-1454",
-            "the client certificate is not in the roster",
-            expected="the certificate enrolled for the site",
-            cure="use the identity folder that was enrolled, or enrol again",
-        )
+            return self._standing.site_of(hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest())
+        return self._standing.site_of(b"")
 
     def _progress(self) -> None:
         """Do what is due and wake everybody who waits; each wait has an event of its own generation."""
@@ -226,10 +223,11 @@ async def _part(stream: AsyncIterator[pb.UploadPart]) -> pb.UploadPart | None:
         ) from None
 
 
-async def _fill(whole: memoryview, stream: AsyncIterator[pb.UploadPart]) -> None:
-    """Chunks in order, exactly as many bytes as the buffer holds."""
+async def _fill(whole: memoryview, stream: AsyncIterator[pb.UploadPart], *, check: Callable[[], object] = bool) -> None:
+    """Chunks in order, exactly as many bytes as the buffer holds; ``check`` may refuse the caller at each."""
     filled = 0
     while (part := await _part(stream)) is not None:
+        check()
         data = part.chunk.data
         if part.chunk.offset != filled or filled + len(data) > len(whole):
             raise TransportError(
@@ -264,7 +262,7 @@ async def _refuse(context: _Context, error: Exception) -> NoReturn:
 
 
 async def start(
-    coordinator: Coordinator | House, identity: Identity, listen: str
+    coordinator: Coordinator | House, identity: Identity, listen: str, *, standing: Standing | None = None
 ) -> tuple[grpc.aio.Server, Service, int]:
     """Bind and start; returns the server, the service and the port.
 
@@ -272,7 +270,7 @@ async def start(
         EnvironmentProblem: FS-1801, the address is in use or not this machine's.
     """
     server = grpc.aio.server(options=[*LIMITS, *KEEPALIVE, ("grpc.so_reuseport", 0)])
-    service = Service(coordinator, identity)
+    service = Service(coordinator, identity, standing)
     rpc.add_FederationServicer_to_server(service, server)
     try:
         port = server.add_secure_port(listen, server_credentials(identity))
