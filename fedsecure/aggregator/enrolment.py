@@ -238,7 +238,9 @@ async def open_desk(config: FederationConfig, identity: Identity, standing: Stan
     if not config.enrolment:
         return None
     desk = Desk(identity, standing, Box(make_folder(config.state / "enrolment")))
-    return await listen(desk, identity, config.enrolment)
+    opened = await listen(desk, identity, config.enrolment)
+    log.warning("the enrolment desk listens on %s:%d", config.enrolment.rpartition(":")[0], opened.port)
+    return opened
 
 
 async def listen(desk: Desk, identity: Identity, address: str) -> Open:

@@ -71,8 +71,9 @@ def side_by_side(title: str | None, rows: Iterable[tuple[str, str]]) -> Table:
 
 
 def say(text: str) -> None:
-    """A plain line of the result, whole."""
+    """A plain line of the result, whole, and seen at once even through a pipe."""
     _say(text)
+    sys.stdout.flush()
 
 
 def _say(text: str, **style: Any) -> None:
