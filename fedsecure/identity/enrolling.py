@@ -114,8 +114,6 @@ def finish(folder: Path, answer: bytes) -> Identity:
     """
     opened = resume(folder)
     welcome, roster = _checked(opened, answer)
-    if welcome.ca != opened.ca:
-        raise answers.foreign("its CA is not the invitation's")
     public = Ed25519PublicKey.from_public_bytes(opened.coordinator_key)
     pub = public.public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
     entry = roster.find(opened.request.site)
@@ -212,7 +210,7 @@ def enrolment_address(folder: Path, given: str = "") -> str:
 
 
 def _checked(opened: Open, answer: bytes, *, key: Path | None = None) -> tuple[Welcome, Roster]:
-    """The welcome to this request: signed, from the pinned CA, for the key that is here, in a roster that names it."""
+    """The welcome to this request: signed, of the pinned CA, for the key that is here, with a roster as new."""
     request = opened.request
     welcome = answers.opened(answer, request=request.digest, coordinator_key=opened.coordinator_key)
     if certificates.check(welcome.certificate, opened.ca) != request.site:

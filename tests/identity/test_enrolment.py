@@ -281,6 +281,11 @@ def test_a_refusal_uses_the_invitation_up(world: Coordinated) -> None:
         world.approve(opened)
     with pytest.raises(IdentityError, match="FS-1466"):
         enrolling.finish(world.sites["ward-a"], changed(refusal, reason="another"))
+    # Nor does it refuse the next one.
+    later = world.begin("ward-a", world.invite("ward-a"))
+    with pytest.raises(IdentityError, match="FS-1466"):
+        enrolling.finish(world.sites["ward-a"], refusal)
+    enrolling.finish(world.sites["ward-a"], world.approve(later))
 
 
 def test_a_withdrawn_invitation_and_a_member_are_refused(world: Coordinated) -> None:
