@@ -26,6 +26,7 @@ from fedsecure.data.dataset import Dataset
 from fedsecure.errors import FedsecureError, RoundAborted, RunError
 from fedsecure.extras import require
 from fedsecure.files import make_folder
+from fedsecure.identity import certificates
 from fedsecure.identity.provision import Identity, load_identity
 from fedsecure.messages import Query
 from fedsecure.methods.base import Tensor, TrainingMethod
@@ -96,6 +97,8 @@ class Client:
         self.config = config
         self._identity = identity or load_identity(config.identity)
         check_identity(self._identity, config)
+        for sentence in certificates.ending(self._identity.certificate, self._identity.ca):
+            log.warning("%s", sentence)
         make_folder(config.state)
         self._transport = transport
         self._progress = progress or (lambda moment: None)

@@ -13,11 +13,13 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.database import open_database
+from fedsecure.aggregator.enrolment import members
 from fedsecure.aggregator.house import House
 from fedsecure.aggregator.metrics import Metrics
 from fedsecure.aggregator.service import Service, start
@@ -25,7 +27,9 @@ from fedsecure.aggregator.store import begin, unfinished
 from fedsecure.config import FederationConfig
 from fedsecure.errors import ConfigError, FedsecureError, RunError
 from fedsecure.files import make_folder, write_whole
+from fedsecure.identity import certificates
 from fedsecure.identity.provision import Identity, load_identity
+from fedsecure.identity.standing import Standing
 
 Announce = Callable[[str, bytes], None]
 Watch = Callable[[dict[str, Any]], None]
@@ -60,40 +64,56 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
 
 async def _serve(configs: Sequence[FederationConfig], announce: Announce, watch: Watch) -> list[dict[str, Any]]:
     identity = load_identity(configs[0].identity)
+    for sentence in certificates.ending(identity.certificate, identity.ca):
+        log.warning("%s", sentence)
     with ExitStack() as held:
         for folder in sorted({config.state for config in configs}):
             held.enter_context(only_one(make_folder(folder)))
-        runs = [held.enter_context(_run(config, identity)) for config in configs]
-        house = House(runs)
-        metrics = [Metrics(core.run.hex()) if core.config.metrics else None for core in runs]
+        async with members(configs[0], identity, {site for config in configs for site in config.sites}) as standing:
+            return await _serve_runs(
+                held, configs, replace(identity, roster=standing.roster), standing, announce, watch
+            )
+
+
+async def _serve_runs(
+    held: ExitStack,
+    configs: Sequence[FederationConfig],
+    identity: Identity,
+    standing: Standing,
+    announce: Announce,
+    watch: Watch,
+) -> list[dict[str, Any]]:
+    runs = [held.enter_context(_run(config, identity)) for config in configs]
+    house = House(runs)
+    metrics = [Metrics(core.run.hex()) if core.config.metrics else None for core in runs]
+    for core, one in zip(runs, metrics, strict=True):
+        if one:
+            answering = one.serve(core.config.metrics)
+            held.callback(answering.close)
+    server, service, port = await start(house, identity, configs[0].listen, standing=standing)
+    address = f"{configs[0].listen.rpartition(':')[0]}:{port}"
+    for core in runs:
+        write_whole(core.config.state / "address", address.encode())
+        announce(address, core.run)
+
+    def look() -> None:
         for core, one in zip(runs, metrics, strict=True):
+            status = core.status(time.monotonic())
+            watch(status)
             if one:
-                answering = one.serve(core.config.metrics)
-                held.callback(answering.close)
-        server, service, port = await start(house, identity, configs[0].listen)
-        address = f"{configs[0].listen.rpartition(':')[0]}:{port}"
-        for core in runs:
-            write_whole(core.config.state / "address", address.encode())
-            announce(address, core.run)
+                one.update(status, core.attempts)
 
-        def look() -> None:
-            for core, one in zip(runs, metrics, strict=True):
-                status = core.status(time.monotonic())
-                watch(status)
-                if one:
-                    one.update(status, core.attempts)
-
-        try:
-            await _until_the_end(service, runs, look)
-        finally:
-            look()
-            await server.stop(grace=0.5)
-        for core in runs:
-            core.close()
-        for core in runs:
-            if core.outcome is None or not core.outcome["complete"]:
-                raise core.failure or AssertionError(core.outcome)
-        return [core.outcome for core in runs if core.outcome is not None]
+    try:
+        await _until_the_end(service, runs, look)
+    finally:
+        look()
+        await server.stop(grace=0.5)
+    for core in runs:
+        core.close()
+    for core in runs:
+        if core.outcome is None or not core.outcome["complete"]:
+            raise core.failure or AssertionError(core.outcome)
+    return [core.outcome for core in runs if core.outcome is not None]
 
 
 async def _until_the_end(service: Service, runs: Sequence[Coordinator], look: Callable[[], None]) -> None:

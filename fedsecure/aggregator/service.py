@@ -23,8 +23,9 @@ from fedsecure.aggregator.limits import Limits, allow_connections
 from fedsecure.aggregator.parsing import Parsing, unreadable
 from fedsecure.aggregator.refusals import Refusals
 from fedsecure.aggregator.uploads import Partial, Uploads, next_part
-from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError, RunError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, RunError, TransportError
 from fedsecure.identity.provision import Identity
+from fedsecure.identity.standing import Standing
 from fedsecure.transport.base import CHUNK_BYTES
 from fedsecure.transport.status import RETRY_AFTER, to_details
 from fedsecure.transport.tls import KEEPALIVE, LIMITS, SERVER_LIMITS, grpc, server_credentials
@@ -41,9 +42,10 @@ log = logging.getLogger("fedsecure.aggregator")
 class Service(rpc.FederationServicer):
     """gRPC face of one coordinator, or of a house of several."""
 
-    def __init__(self, coordinator: Coordinator | House, identity: Identity) -> None:
+    def __init__(self, coordinator: Coordinator | House, identity: Identity, standing: Standing | None = None) -> None:
         self._core = coordinator
         self._identity = identity
+        self._standing = standing or Standing(identity)
         self._limits = Limits()
         self._answers = Answers()
         self._uploads = Uploads()
@@ -115,7 +117,7 @@ class Service(rpc.FederationServicer):
             header = (await next_part(stream) or pb.UploadPart()).header
             partial = self._upload(site, header)
             if partial is not None:
-                await self._uploads.fill(site, partial, stream, still_on=lambda: self._still_on(site, header))
+                await self._uploads.fill(site, partial, stream, still_on=lambda: self._still_on(site, header, context))
                 # Whole: counted, or refused for good; either way nothing of it is needed any more.
                 self._uploads.drop(site, partial)
                 self._core.upload(site, header, partial.whole, time.monotonic())
@@ -151,8 +153,9 @@ class Service(rpc.FederationServicer):
             partial = None if whole is None else self._uploads.begin(site, header, whole)
         return partial
 
-    def _still_on(self, site: str, header: pb.UploadHeader) -> None:
-        """The session lives and is heard of; RunError FS-1705."""
+    def _still_on(self, site: str, header: pb.UploadHeader, context: _Context) -> None:
+        """The caller is a member still (IdentityError FS-1460), and its session lives (RunError FS-1705)."""
+        self._caller(context)
         self._core.beat(site, header.session, time.monotonic())
 
     async def Fetch(self, request: pb.FetchRequest, context: _Context) -> AsyncIterator[pb.Chunk]:
@@ -168,6 +171,7 @@ class Service(rpc.FederationServicer):
                     )
                 # Looked up again for each chunk: a caller that does not read keeps no tensor in memory.
                 while offset < size:
+                    self._caller(context)
                     data = self._fetched(site, request)[0][offset : offset + CHUNK_BYTES]
                     yield pb.Chunk(offset=offset, data=data)
                     offset += len(data)
@@ -210,16 +214,8 @@ class Service(rpc.FederationServicer):
         pems = list(context.auth_context().get("x509_pem_cert", ()))
         if pems:
             certificate = x509.load_pem_x509_certificate(pems[0])
-            print_ = hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest()
-            for entry in self._identity.roster.entries:
-                if entry.tls_fingerprint == print_:
-                    return entry.site
-        raise IdentityError(
-            "FS-1454",
-            "the client certificate is not in the roster",
-            expected="the certificate enrolled for the site",
-            cure="use the identity folder that was enrolled, or enrol again",
-        )
+            return self._standing.site_of(hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest())
+        return self._standing.site_of(b"")
 
     def _progress(self) -> None:
         """Do what is due; whoever is told something is woken, and nobody else."""
@@ -260,6 +256,12 @@ class _Call:
     ) -> None:
         if self._entered:
             self._service._limits.leave(self._site)
+        if error is None:
+            try:
+                # Nothing is answered to who was taken out of the roster meanwhile.
+                self._service._caller(self._context)
+            except FedsecureError as late:
+                error = late
         if isinstance(error, Exception):
             await self._decline(error)
 
@@ -286,7 +288,7 @@ class _Call:
 
 
 async def start(
-    coordinator: Coordinator | House, identity: Identity, listen: str
+    coordinator: Coordinator | House, identity: Identity, listen: str, *, standing: Standing | None = None
 ) -> tuple[grpc.aio.Server, Service, int]:
     """Bind and start; returns the server, the service and the port.
 
@@ -294,7 +296,7 @@ async def start(
         EnvironmentProblem: FS-1801, the address is in use or not this machine's.
     """
     allow_connections()
-    service = Service(coordinator, identity)
+    service = Service(coordinator, identity, standing)
     server = grpc.aio.server(options=[*LIMITS, *KEEPALIVE, *SERVER_LIMITS], interceptors=[Parsing(service.unreadable)])
     rpc.add_FederationServicer_to_server(service, server)
     try:

@@ -9,6 +9,8 @@ import typer
 
 from fedsecure.cli.doctor import doctor
 from fedsecure.cli.duplicates import duplicates
+from fedsecure.cli.enrolling import enroll, renew
+from fedsecure.cli.members import members
 from fedsecure.cli.records import audit, budget, report, transcript
 from fedsecure.cli.running import demo, init, join, plan, serve, simulate
 from fedsecure.cli.runs import runs
@@ -26,7 +28,15 @@ app = typer.Typer(
 )
 for command in (demo, simulate, duplicates, plan, serve, status, top, join, doctor, init, predict, evaluate, audit):
     app.command()(command)
-for name, group in (("runs", runs), ("budget", budget), ("transcript", transcript), ("report", report)):
+app.command()(enroll)
+app.command()(renew)
+for name, group in (
+    ("members", members),
+    ("runs", runs),
+    ("budget", budget),
+    ("transcript", transcript),
+    ("report", report),
+):
     app.add_typer(group, name=name)
 
 

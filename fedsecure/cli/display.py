@@ -70,6 +70,12 @@ def side_by_side(title: str | None, rows: Iterable[tuple[str, str]]) -> Table:
     return table
 
 
+def say(text: str) -> None:
+    """A plain line of the result, whole, and seen at once even through a pipe."""
+    _say(text)
+    sys.stdout.flush()
+
+
 def _say(text: str, **style: Any) -> None:
     """A line of the result, whole: paths are never broken."""
     out.print(text, highlight=False, soft_wrap=True, markup=False, **style)
@@ -219,6 +225,14 @@ def show_site_report(report: Mapping[str, Any], *, folder: Path) -> None:
 
 def show_layout(layout: Layout) -> None:
     """Where a new federation's files are, and the next commands."""
+    if not layout.site_keys:
+        _say("Every site makes its own keys. Start the aggregator, then invite each site (docs/enrolment.md):")
+        _say(f"  fedsecure serve --config {layout.federation}")
+        for site, file in layout.sites.items():
+            _say(f"  fedsecure members invite {layout.folder} {site} --role {layout.roles[site]} --address HOST:PORT")
+            _say(f"    and send {file} with it, for the site to complete")
+        _say(f"Keep {layout.folder / 'ca'} offline: its keys can add members.", style="yellow")
+        return
     _say("Put each site's records where its site.toml says, then start, each in its own terminal:")
     _say(f"  fedsecure serve --config {layout.federation}")
     for file in layout.sites.values():

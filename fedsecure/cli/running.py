@@ -245,9 +245,18 @@ def init(
     host: Annotated[
         list[str] | None, typer.Option(help="Name or address of the aggregator's certificate; may be repeated.")
     ] = None,
+    site_keys: Annotated[
+        bool,
+        typer.Option(
+            "--site-keys/--no-site-keys",
+            help="Make the sites' private keys here, for a trial; or none, and each site enrols with its own.",
+        ),
+    ] = True,
+    enrolment: Annotated[str, typer.Option(help="host:port of the enrolment desk; none by default.")] = "",
 ) -> None:
-    """Make a trial federation. Certificates, keys and configuration files of all members in one place."""
+    """Make a federation: for a trial with the keys of all members in one place, or without the sites' keys."""
     from fedsecure.cli.display import show_layout
     from fedsecure.simulation.scaffold import initialise
 
-    show_layout(initialise(folder, settings, listen=listen, hosts=tuple(host or ("127.0.0.1", "localhost"))))
+    hosts = tuple(host or ("127.0.0.1", "localhost"))
+    show_layout(initialise(folder, settings, listen=listen, hosts=hosts, site_keys=site_keys, enrolment=enrolment))

@@ -229,7 +229,7 @@ class RunSettings(Section):
 
 
 # What of ``federation.toml`` is the aggregator's own and no part of the run.
-AGGREGATOR_KEYS = {"listen", "metrics", "database", "state", "identity", "encoder_file", "target_file"}
+AGGREGATOR_KEYS = {"listen", "enrolment", "metrics", "database", "state", "identity", "encoder_file", "target_file"}
 
 
 class FederationConfig(RunSettings):
@@ -237,6 +237,7 @@ class FederationConfig(RunSettings):
 
     Attributes:
         listen: ``host:port``; port 0 takes a free one and prints it.
+        enrolment: ``host:port`` on which machines that are no members yet can ask to become some; empty for none.
         metrics: ``host:port`` on which Prometheus may ask for metrics, without TLS; empty for none.
         database: SQLAlchemy's URL of the database of runs and rounds, such as ``postgresql+psycopg://user@host/name``;
             empty for SQLite in ``state``. ``FEDSECURE_DATABASE`` in the environment takes its place, so that no
@@ -249,6 +250,7 @@ class FederationConfig(RunSettings):
     """
 
     listen: str = "127.0.0.1:0"
+    enrolment: str = ""
     metrics: str = ""
     database: str = ""
     state: Path

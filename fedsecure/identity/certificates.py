@@ -29,6 +29,8 @@ from fedsecure.errors import IdentityError
 
 AGGREGATOR = "aggregator"
 EARLY = dt.timedelta(minutes=5)
+DAYS = 365
+NOTICE = dt.timedelta(days=30)
 SITE_URI = "fedsecure:site:"
 
 
@@ -54,19 +56,44 @@ def make_authority(federation: str, *, days: int, now: dt.datetime | None = None
 
 def issue_server(authority: Issued, hosts: Sequence[str], *, days: int, now: dt.datetime | None = None) -> Issued:
     """The aggregator's certificate; ``hosts`` are the DNS names and IP addresses that sites dial."""
-    names: list[x509.GeneralName] = []
-    for host in hosts:
-        try:
-            names.append(x509.IPAddress(ipaddress.ip_address(host)))
-        except ValueError:
-            names.append(x509.DNSName(host))
-    return _issue(authority, AGGREGATOR, names, ExtendedKeyUsageOID.SERVER_AUTH, days, now)
+    return _issue(authority, AGGREGATOR, host_names(hosts), ExtendedKeyUsageOID.SERVER_AUTH, days, now)
 
 
 def issue_site(authority: Issued, site: str, *, days: int, now: dt.datetime | None = None) -> Issued:
     """A site's client certificate: common name and URI carry its id."""
     names: list[x509.GeneralName] = [x509.UniformResourceIdentifier(SITE_URI + site)]
     return _issue(authority, site, names, ExtendedKeyUsageOID.CLIENT_AUTH, days, now)
+
+
+def certify(
+    authority: Issued,
+    member: str,
+    key: ec.EllipticCurvePublicKey,
+    *,
+    hosts: Sequence[str] = (),
+    days: int,
+    now: dt.datetime | None = None,
+) -> bytes:
+    """A PEM certificate for a key made elsewhere: the aggregator's for ``hosts``, or else a site's.
+
+    It ends with the authority's own certificate at the latest.
+    """
+    if member == AGGREGATOR:
+        names, purpose = host_names(hosts), ExtendedKeyUsageOID.SERVER_AUTH
+    else:
+        names, purpose = [x509.UniformResourceIdentifier(SITE_URI + member)], ExtendedKeyUsageOID.CLIENT_AUTH
+    return _certify(authority, member, names, purpose, key, days, now).public_bytes(Encoding.PEM)
+
+
+def host_names(hosts: Sequence[str]) -> list[x509.GeneralName]:
+    """DNS names and IP addresses as a certificate carries them."""
+    names: list[x509.GeneralName] = []
+    for host in hosts:
+        try:
+            names.append(x509.IPAddress(ipaddress.ip_address(host)))
+        except ValueError:
+            names.append(x509.DNSName(host))
+    return names
 
 
 def parse(pem: bytes, what: str) -> x509.Certificate:
@@ -87,6 +114,29 @@ def fingerprint(certificate: x509.Certificate | bytes) -> bytes:
     if isinstance(certificate, bytes):
         certificate = parse(certificate, "the certificate")
     return certificate.fingerprint(hashes.SHA256())
+
+
+def der(pem: bytes) -> bytes:
+    """The first certificate of a PEM file, in DER."""
+    return parse(pem, "the certificate").public_bytes(Encoding.DER)
+
+
+def pem(der: bytes) -> bytes:
+    """A DER certificate as PEM; ValueError where it is none."""
+    return x509.load_der_x509_certificate(der).public_bytes(Encoding.PEM)
+
+
+def ending(certificate: bytes, authority: bytes, *, now: dt.datetime | None = None) -> list[str]:
+    """A sentence for each of a member's two certificates (PEM) that ends within thirty days, with what to do."""
+    moment, found = now or dt.datetime.now(dt.UTC), []
+    for pem_bytes, name, cure in (
+        (certificate, "this member's certificate", "run `fedsecure renew` (docs/enrolment.md)"),
+        (authority, "the federation's CA certificate", "ask the coordinator how the federation goes on"),
+    ):
+        end = parse(pem_bytes, name).not_valid_after_utc
+        if end - moment < NOTICE:
+            found.append(f"{name} ends on {end:%Y-%m-%d %H:%M} UTC: {cure}")
+    return found
 
 
 def check(certificate: bytes, authority: bytes, *, now: dt.datetime | None = None) -> str:
@@ -166,28 +216,47 @@ def _issue(
     days: int,
     now: dt.datetime | None,
 ) -> Issued:
+    key = ec.generate_private_key(ec.SECP256R1())
+    return _issued(_certify(authority, common_name, names, purpose, key.public_key(), days, now), key)
+
+
+def _certify(
+    authority: Issued,
+    common_name: str,
+    names: Sequence[x509.GeneralName],
+    purpose: x509.ObjectIdentifier,
+    key: ec.EllipticCurvePublicKey,
+    days: int,
+    now: dt.datetime | None,
+) -> x509.Certificate:
     root = parse(authority.certificate, "the federation's CA certificate")
     signer = load_pem_private_key(authority.key, password=None)
     assert isinstance(signer, ec.EllipticCurvePrivateKey)
-    key = ec.generate_private_key(ec.SECP256R1())
-    builder = _builder(_name(common_name), root.subject, key.public_key(), days, now)
+    builder = _builder(_name(common_name), root.subject, key, days, now, latest=root.not_valid_after_utc)
     extensions: list[tuple[x509.ExtensionType, bool]] = [
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (_usage(authority=False), True),
         (x509.ExtendedKeyUsage([purpose]), False),
         (x509.SubjectAlternativeName(names), False),
-        (x509.SubjectKeyIdentifier.from_public_key(key.public_key()), False),
+        (x509.SubjectKeyIdentifier.from_public_key(key), False),
         (x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key()), False),
     ]
     for extension, critical in extensions:
         builder = builder.add_extension(extension, critical=critical)
-    return _issued(builder.sign(signer, hashes.SHA256()), key)
+    return builder.sign(signer, hashes.SHA256())
 
 
 def _builder(
-    name: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int, now: dt.datetime | None
+    name: x509.Name,
+    issuer: x509.Name,
+    key: ec.EllipticCurvePublicKey,
+    days: int,
+    now: dt.datetime | None,
+    *,
+    latest: dt.datetime | None = None,
 ) -> x509.CertificateBuilder:
     moment = now or dt.datetime.now(dt.UTC)
+    end = moment + dt.timedelta(days=days)
     return (
         x509.CertificateBuilder()
         .subject_name(name)
@@ -195,7 +264,7 @@ def _builder(
         .public_key(key)
         .serial_number(x509.random_serial_number())
         .not_valid_before(moment - EARLY)
-        .not_valid_after(moment + dt.timedelta(days=days))
+        .not_valid_after(min(end, latest) if latest else end)
     )
 
 

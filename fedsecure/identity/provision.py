@@ -59,6 +59,7 @@ def provision(
     sites: Mapping[str, Role],
     hosts: Sequence[str],
     days: int = 365,
+    authority_days: int | None = None,
     now: dt.datetime | None = None,
 ) -> Provisioned:
     """Create ``ca/``, ``aggregator/identity/`` and ``sites/<site>/identity/`` under ``folder``.
@@ -66,9 +67,10 @@ def provision(
     Args:
         folder: created where absent; existing keys are never overwritten.
         federation: name of the federation.
-        sites: site id → role.
+        sites: site id → role; none where all sites will enrol (docs/enrolment.md).
         hosts: DNS names and IP addresses under which sites reach the aggregator.
-        days: validity of all certificates, ≥ 1.
+        days: validity of the members' certificates, ≥ 1.
+        authority_days: of the CA's own; ``days`` by default.
         now: start of the validity; the present by default.
 
     Raises:
@@ -83,7 +85,7 @@ def provision(
             cure="name the address that sites dial, such as 127.0.0.1 or fed.example.org",
         )
     coordinator = keys.generate()
-    authority = certificates.make_authority(federation, days=days, now=now)
+    authority = certificates.make_authority(federation, days=authority_days or days, now=now)
     issued = {AGGREGATOR: certificates.issue_server(authority, hosts, days=days, now=now)}
     signing = {AGGREGATOR: keys.generate()}
     entries = []
@@ -137,13 +139,14 @@ def load_identity(folder: Path, *, now: dt.datetime | None = None) -> Identity:
     site = certificates.check(certificate, ca, now=now)
     roster = Roster.load(folder / "roster.json", coordinator_key)
     if site == AGGREGATOR:
-        expected_key, expected_print = roster.aggregator_key, roster.aggregator_fingerprint
+        expected_key = roster.aggregator_key
+        accepted: tuple[bytes, ...] = (roster.aggregator_fingerprint, roster.aggregator_previous)
     else:
         entry = roster.find(site)
-        expected_key, expected_print = entry.identity_key, entry.tls_fingerprint
+        expected_key, accepted = entry.identity_key, entry.fingerprints
     if keys.public_bytes(signing_key) != expected_key:
         raise _mismatch("FS-1431", f"identity.key of {site!r} is not the key that the roster names")
-    if certificates.fingerprint(certificate) != expected_print:
+    if certificates.fingerprint(certificate) not in accepted:
         raise _mismatch("FS-1432", f"certificate.pem of {site!r} is not the certificate that the roster names")
     if not certificates.key_matches(tls_key, certificate):
         raise _mismatch("FS-1433", f"tls-key.pem of {site!r} does not belong to certificate.pem")

@@ -1,6 +1,7 @@
 """Lays out a federation on disk: identities, ``federation.toml`` and one ``site.toml`` a site.
 
-Used by ``fedsecure init`` and by the demo. The keys of all sites are made in one place, which suits a trial.
+Used by ``fedsecure init`` and by the demo. The keys of all sites are made in one place, which suits a trial; or none
+are, and each site enrols (docs/enrolment.md).
 
     <folder>/aggregator/{federation.toml, identity/, state/}
     <folder>/sites/<site>/{site.toml, identity/, state/, ledger.db}
@@ -20,6 +21,8 @@ from fedsecure.files import make_folder, write_whole
 from fedsecure.identity.provision import provision
 
 # Stands in for what loading the encoder will tell.
+# A federation that is to last: its CA outlives the members' certificates, which are renewed every year.
+AUTHORITY_DAYS = 3650
 _UNMEASURED = {"dimension": 2, "fingerprint": "0" * 64}
 
 
@@ -43,6 +46,8 @@ class Layout:
     folder: Path
     federation: Path
     sites: Mapping[str, Path]
+    roles: Mapping[str, str]
+    site_keys: bool = True
 
 
 def lay_out(
@@ -53,6 +58,8 @@ def lay_out(
     listen: str,
     hosts: Sequence[str],
     encoder_file: Path | None = None,
+    site_keys: bool = True,
+    enrolment: str = "",
 ) -> Layout:
     """Make identities and configuration files.
 
@@ -63,6 +70,8 @@ def lay_out(
         listen: the aggregator's ``host:port``.
         hosts: DNS names and addresses its certificate is for.
         encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that need it there.
+        site_keys: make the sites' keys here; else the roster has no sites, and each enrols with its own keys.
+        enrolment: ``host:port`` of the enrolment desk; empty for none.
 
     Raises:
         IdentityError: there are identities in the folder already.
@@ -70,17 +79,23 @@ def lay_out(
     """
     make_folder(folder)
     roles = {site: entry.role for site, entry in settings.sites.items()}
-    provision(folder, federation=settings.name, sites=roles, hosts=hosts)
+    years = None if site_keys else AUTHORITY_DAYS
+    provision(folder, federation=settings.name, sites=roles if site_keys else {}, hosts=hosts, authority_days=years)
     federation = folder / "aggregator" / "federation.toml"
     public = settings.model_dump(mode="json", exclude_none=True)
-    own = {"listen": listen, "state": "state", "identity": "identity"}
+    own = {
+        "listen": listen,
+        **({"enrolment": enrolment} if enrolment else {}),
+        "state": "state",
+        "identity": "identity",
+    }
     if encoder_file is not None:
         own["encoder_file"] = str(encoder_file.resolve())
     write_whole(federation, to_toml({**own, **public}).encode())
     written = {}
     for site, plan in sites.items():
         home = folder / "sites" / site
-        written[site] = home / "site.toml"
+        written[site] = make_folder(home) / "site.toml"
         content: dict[str, Any] = {
             "site": site,
             "aggregator": listen,
@@ -97,12 +112,15 @@ def lay_out(
         for name, section in (("train", plan.train), ("evaluation", plan.evaluation)):
             if section is not None:
                 content[name] = section.model_dump(mode="json", exclude_none=True)
-                content[name]["path"] = str(section.path.resolve())
+                # A file that travels to its site names its records from there.
+                content[name]["path"] = str(section.path.resolve()) if site_keys else section.path.name
         write_whole(written[site], to_toml(content).encode())
-    return Layout(folder=folder, federation=federation, sites=written)
+    return Layout(folder=folder, federation=federation, sites=written, roles=roles, site_keys=site_keys)
 
 
-def initialise(folder: Path, file: Path, *, listen: str, hosts: Sequence[str]) -> Layout:
+def initialise(
+    folder: Path, file: Path, *, listen: str, hosts: Sequence[str], site_keys: bool = True, enrolment: str = ""
+) -> Layout:
     """A new federation from a TOML file with the run's public settings.
 
     Where ``[encoder]`` gives no ``dimension`` and ``fingerprint``, the encoder is loaded here and they are filled in.
@@ -145,7 +163,7 @@ def initialise(folder: Path, file: Path, *, listen: str, hosts: Sequence[str]) -
             evaluation=evaluation if entry.evaluation_units else None,
             policy=policy,
         )
-    return lay_out(folder, settings, sites=plans, listen=listen, hosts=hosts)
+    return lay_out(folder, settings, sites=plans, listen=listen, hosts=hosts, site_keys=site_keys, enrolment=enrolment)
 
 
 def _check_new(folder: Path) -> None:

@@ -119,7 +119,7 @@ class Examination:
         own = certificates.parse(self.identity.certificate, "the certificate")
         roster = self.identity.roster
         text = f"one of {len(roster.entries)} sites of {roster.federation!r}, roster {roster.version}"
-        return _until(own.not_valid_after_utc, text, "ask the coordinator for a new certificate before that")
+        return _until(own.not_valid_after_utc, text, "run `fedsecure renew` before that (docs/enrolment.md)")
 
     # --- the line -------------------------------------------------------------------------------------------------
 

@@ -119,12 +119,14 @@ def shake_hands(address: Address, identity: Identity, *, folder: Path | None = N
             expected="an aggregator, which speaks TLS 1.3 and nothing else",
             cure="check the port; have a proxy pass this connection through unchanged (TCP, not HTTP)",
         ) from error
-    if hashlib.sha256(shown).digest() != identity.roster.aggregator_fingerprint:
+    roster = identity.roster
+    # After a renewal the aggregator shows its earlier certificate until it is started again.
+    if hashlib.sha256(shown).digest() not in (roster.aggregator_fingerprint, roster.aggregator_previous):
         raise IdentityError(
             "FS-1457",
             f"{address} shows a certificate of this federation's CA that is not the aggregator's",
             expected="the certificate that the roster names",
-            cure="check the address; after a renewal, ask the coordinator for the new roster",
+            cure="check the address; after a renewal, take up the new roster: `fedsecure enroll --refresh`",
         )
     return Handshake(*agreed, expires=x509.load_der_x509_certificate(shown).not_valid_after_utc)
 

@@ -51,3 +51,13 @@ def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
     return grpc.ssl_channel_credentials(
         root_certificates=identity.ca, private_key=identity.tls_key, certificate_chain=identity.certificate
     )
+
+
+def one_sided_credentials(identity: Identity) -> grpc.ServerCredentials:
+    """For callers who have no certificate yet: shows the aggregator's, and asks for none."""
+    return grpc.ssl_server_credentials([(identity.tls_key, identity.certificate)])
+
+
+def stranger_credentials(ca: bytes) -> grpc.ChannelCredentials:
+    """Presents nothing; trusts the CA (PEM) that an invitation pins and nothing else."""
+    return grpc.ssl_channel_credentials(root_certificates=ca)

@@ -63,6 +63,8 @@ def test_the_commands_are_all_there() -> None:
         "serve",
         "join",
         "init",
+        "enroll",
+        "renew",
         "predict",
         "evaluate",
         "report",
@@ -80,6 +82,7 @@ def test_the_commands_are_all_there() -> None:
         ("report", "page"),
         ("report", "attach"),
         ("report", "verify"),
+        *(("members", name) for name in ("invite", "pending", "approve", "refuse", "list", "revoke", "renew")),
     }
 
 
@@ -114,6 +117,8 @@ def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
         "fedsecure.cli.app",
         "fedsecure.cli.doctor",
         "fedsecure.cli.duplicates",
+        "fedsecure.cli.enrolling",
+        "fedsecure.cli.members",
         "fedsecure.cli.options",
         "fedsecure.cli.records",
         "fedsecure.cli.running",

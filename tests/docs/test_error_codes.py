@@ -55,12 +55,15 @@ SHARED = {
     "FS-1238": {"learning/engines.py", "learning/training.py"},
     "FS-1403": {"identity/keys.py", "identity/provision.py", "simulation/scaffold.py"},
     "FS-1452": {"aggregator/admission.py", "site/doctor.py"},
+    "FS-1479": {"identity/authority.py", "identity/register.py"},
+    "FS-1464": {"aggregator/enrolment.py", "identity/authority.py"},
     "FS-1631": {"learning/adapters.py", "learning/training.py"},
     "FS-1632": {"learning/adapters.py", "learning/modules.py", "learning/reference.py"},
     "FS-1638": {"learning/distillation.py", "learning/engines.py", "learning/evaluation.py", "learning/features.py"},
     "FS-1674": {"learning/last_block.py", "learning/lora_module.py"},
     "FS-1709": {"client.py", "simulation/memory.py"},
-    "FS-1801": {"aggregator/metrics.py", "aggregator/service.py"},
+    "FS-1718": {"aggregator/enrolment.py", "aggregator/service.py"},
+    "FS-1801": {"aggregator/enrolment.py", "aggregator/metrics.py", "aggregator/service.py"},
 }
 
 
