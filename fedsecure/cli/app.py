@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedsecure.cli.audit_log import audit_log
 from fedsecure.cli.doctor import doctor
 from fedsecure.cli.duplicates import duplicates
 from fedsecure.cli.records import audit, budget, report, transcript
@@ -26,7 +27,8 @@ app = typer.Typer(
 )
 for command in (demo, simulate, duplicates, plan, serve, status, top, join, doctor, init, predict, evaluate, audit):
     app.command()(command)
-for name, group in (("runs", runs), ("budget", budget), ("transcript", transcript), ("report", report)):
+groups = (("runs", runs), ("budget", budget), ("transcript", transcript), ("report", report), ("audit-log", audit_log))
+for name, group in groups:
     app.add_typer(group, name=name)
 
 

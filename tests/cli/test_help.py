@@ -80,6 +80,8 @@ def test_the_commands_are_all_there() -> None:
         ("report", "page"),
         ("report", "attach"),
         ("report", "verify"),
+        ("audit-log", "verify"),
+        ("audit-log", "show"),
     }
 
 
@@ -112,6 +114,7 @@ def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert own == {
         "fedsecure.cli",
         "fedsecure.cli.app",
+        "fedsecure.cli.audit_log",
         "fedsecure.cli.doctor",
         "fedsecure.cli.duplicates",
         "fedsecure.cli.options",
