@@ -61,7 +61,7 @@ SHARED = {
     "FS-1638": {"learning/distillation.py", "learning/engines.py", "learning/evaluation.py", "learning/features.py"},
     "FS-1674": {"learning/last_block.py", "learning/lora_module.py"},
     "FS-1709": {"client.py", "simulation/memory.py"},
-    "FS-1801": {"aggregator/metrics.py", "aggregator/service.py"},
+    "FS-1801": {"aggregator/operations.py", "aggregator/service.py"},
 }
 
 
