@@ -243,9 +243,7 @@ class TelemetryConfig(Section):
 
 
 # What of ``federation.toml`` is the aggregator's own and no part of the run.
-AGGREGATOR_KEYS = {
-    *("listen", "metrics", "telemetry", "database", "state", "identity", "encoder_file", "target_file")
-}
+AGGREGATOR_KEYS = {*("listen", "metrics", "telemetry", "database", "state", "identity", "encoder_file", "target_file")}
 
 
 class FederationConfig(RunSettings):
