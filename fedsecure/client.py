@@ -28,6 +28,7 @@ from fedsecure.extras import require
 from fedsecure.files import make_folder
 from fedsecure.identity import certificates
 from fedsecure.identity.provision import Identity, load_identity
+from fedsecure.logs import done, work_on
 from fedsecure.messages import Query
 from fedsecure.methods.base import Tensor, TrainingMethod
 from fedsecure.privacy.ledger import Ledger
@@ -35,6 +36,7 @@ from fedsecure.privacy.noise import PrivacyRng, SeededRng
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.secagg.client import SecAggClient
 from fedsecure.secagg.latch import FileLatch
+from fedsecure.site.diary import Diary
 from fedsecure.site.line import Line, Moment, Progress
 from fedsecure.site.membership import Membership, accept_welcome, check_identity
 from fedsecure.site.questions import Question, accept, accept_set_up
@@ -103,6 +105,7 @@ class Client:
         self._transport = transport
         self._progress = progress or (lambda moment: None)
         self._rng = PrivacyRng() if simulation_seed is None else SeededRng(f"{simulation_seed}/{config.site}".encode())
+        self._diary = Diary(config.state, self._identity.signing_key)
         self._pending: Question | None = None
         self._receipts: list[Receipt] = []
         self.outcome: dict[str, Any] | None = None
@@ -132,6 +135,7 @@ class Client:
             self._join()
         except BaseException as error:
             self._line.say_why(error)
+            self._diary.not_joined(error)
             self.close()
             raise
         return self
@@ -142,6 +146,8 @@ class Client:
             log.warning("stopped before the run was over; what is charged stays charged")
         if self.outcome is None and (stopped or kind is None or issubclass(kind, Exception)):
             self._line.leave(code=STOPPED)
+        if self.outcome is None:
+            self._diary.left(exception[0] if exception and isinstance(exception[0], BaseException) else None)
         self.close()
 
     def close(self) -> None:
@@ -150,6 +156,7 @@ class Client:
             self._rounds.epochs.abort()
         self._line.close()
         self.ledger.close()
+        done()
 
     @property
     def transport(self) -> Transport:
@@ -193,7 +200,9 @@ class Client:
         )
         self._folder = RunFolder(make_folder(self.config.state / "runs" / self.run_id.hex()))
         latch = FileLatch(self.config.state / "latch.json")
-        self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch)
+        self._diary.joined(self._member)
+        work_on(run=self.run_id.hex(), site=self.config.site)
+        self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch, diary=self._diary)
         self._sources = Sources(self._member, self.ledger, self._rng, self._progress)
         self._line.start_pulse()
 
@@ -216,7 +225,9 @@ class Client:
                     self._pending = accept(directive.ask, self._member)
                 except FedsecureError as error:
                     self._line.say_why(error)
+                    self._diary.refused(error)
                     raise
+                self._diary.accepted(self._pending.query, self._pending.descriptor.ctx)
                 yield self._pending.query
                 give_up = self._line.deadline()
             elif kind == "prepare":
@@ -249,18 +260,22 @@ class Client:
                 cure="answer each query before taking the next",
             )
         asked, self._pending = self._pending, None
+        work_on(round=query.round, attempt=query.attempt)
         session: SecAggClient | None = None
         try:
-            door = self._sources.door(dataset, evaluation)
+            door = self._sources.door(dataset, evaluation, told=lambda made: self._diary.charged(query, made))
             door.check(query)
             session = self._rounds.session(asked.descriptor)
             reservation = self._rounds.converse(asked, session, door=door)
+            self._diary.released(query)
             receipt = Receipt(query.round, query.attempt, True, reservation)
         except RoundAborted as error:
             log.warning("attempt aborted: %s", error)
+            self._diary.aborted(query, error)
             receipt = Receipt(query.round, query.attempt, False, reason=str(error))
         except BaseException as error:
             self._line.say_why(error)
+            self._diary.failed(query, error)
             raise
         finally:
             if session is not None:
@@ -290,6 +305,7 @@ class Client:
 
     def _finish(self, finished: pb.Finished) -> None:
         outcome = read_summary(finished.summary_json)
+        self._diary.finished(complete=finished.complete, code=str(outcome.get("code") or ""))
         if not finished.complete:
             self.outcome = outcome
             self._line.farewell()
