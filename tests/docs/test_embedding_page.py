@@ -149,9 +149,13 @@ def check_files(home: Path) -> None:
             found.add("/".join("<site>" if part in SITES else part for part in parts))
     listed = listed_files()
     assert sorted(found - listed - {f"{path}{end}" for path in listed for end in ("-wal", "-shm")}) == []
-    # Neither images, an audit nor a method with a memory of its own are in this run.
-    seldom = {path for path in listed if path.endswith(("features.sqlite", "<method>.safetensors", "audit.json"))}
-    assert len(seldom) == 3
+    # Neither images, an audit, drawn cohorts nor a method with a memory of its own are in this run.
+    seldom = {
+        path
+        for path in listed
+        if path.endswith(("features.sqlite", "<method>.safetensors", "audit.json", "/draw", "draw.json"))
+    }
+    assert len(seldom) == 5
     assert sorted(listed - seldom - found) == []
 
 
