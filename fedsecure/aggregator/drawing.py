@@ -18,7 +18,7 @@ from fedsecure.files import write_whole
 from fedsecure.identity.roster import Roster
 from fedsecure.methods.cohorts import tossers
 from fedsecure.methods.contexts import draw_of, toss_context
-from fedsecure.secagg.coin import CoinServer, Record
+from fedsecure.secagg.coin import CoinServer, Record, given_up
 from fedsecure.secagg.draw import Draw
 from fedsecure.wire import federation_pb2 as pb
 
@@ -82,8 +82,14 @@ class Drawing:
         """Who the next toss would ask: all but those that committed in an earlier one and did not reveal."""
         return tuple(site for site in self.sites if site not in self._withheld)
 
-    def begin(self, present: Collection[str], now: float) -> bool:
-        """Begin the next toss among the candidates that are there; whether something is due at once: no."""
+    def begin(self, present: Collection[str], now: float) -> None:
+        """Begin the next toss among the candidates that are there.
+
+        Raises:
+            RoundAborted: FS-1396 there may be no further one, as after a restart in the last.
+        """
+        if self._spent:
+            raise given_up(f"{self.number + 1} tosses were begun, and no further one is allowed")
         self.number += 1
         self._save()
         parties = tuple(site for site in self.candidates() if site in present)
@@ -91,7 +97,6 @@ class Drawing:
         self._toss = CoinServer(toss, roster=self._roster)
         self._deadline = now + self._settings.rounds.phase_seconds
         self._sessions.ask(parties, toss.ctx, prepare=pb.Prepare(descriptor=toss.canonical()))
-        return False
 
     def receive(self, site: str, message: bytes) -> None:
         """A message of the toss; raises ``ProtocolError``."""
@@ -131,6 +136,11 @@ class Drawing:
         """Send a training site the record, if there is one, and if it has joined."""
         if self.record and site in self.sites:
             self._sessions.tell(site, prepare=pb.Prepare(descriptor=self.record))
+
+    @property
+    def _spent(self) -> bool:
+        """Sites take part in no further toss."""
+        return self.number + 1 >= self._settings.rounds.max_attempts
 
     def _give_up(self, coin: CoinServer, error: RoundAborted) -> None:
         self._withheld |= set(coin.withheld())

@@ -26,7 +26,6 @@ from fedsecure.errors import ProtocolError, RoundAborted
 from fedsecure.identity import keys
 from fedsecure.identity.roster import Roster
 from fedsecure.secagg.canonical import Reader, pack_bytes
-from fedsecure.secagg.draw import SEED_BYTES
 from fedsecure.secagg.thresholds import MAX_SITES
 
 NONCE_BYTES = 32
@@ -34,7 +33,7 @@ _HASH = 32
 _TOSS, _RECORD = pack_bytes(b"fedsecure/coin/v1/toss"), pack_bytes(b"fedsecure/coin/v1/record")
 _COMMIT, _REVEAL = "fedsecure/coin/v1/commit", "fedsecure/coin/v1/reveal"
 _LIST, _SEED = b"fedsecure/coin/v1/list\0", b"fedsecure/coin/v1/seed\0"
-# Of a name, a commitment or nonce, and a signature, with room for lengths; times all sites, and the descriptor.
+# Room for a name, a commitment and a nonce with their signatures, of each site.
 MAX_BYTES = MAX_SITES * 512
 # What a site sends: a commitment or a nonce, and its signature.
 MESSAGE_BYTES = _HASH + keys.SIGNATURE_BYTES
@@ -265,11 +264,11 @@ class CoinServer:
         left, missing = self._listed, self.waiting_for()
         if self.stage == "commit":
             if len(left) < self.toss.required:
-                raise _given_up(f"{len(left)} of {self.toss.required} needed committed; missing: {', '.join(missing)}")
+                raise given_up(f"{len(left)} of {self.toss.required} needed committed; missing: {', '.join(missing)}")
             self.stage = "reveal"
             return dict.fromkeys(left, pack_list(left))
         if missing:
-            raise _given_up(f"committed and not revealed: {', '.join(missing)}")
+            raise given_up(f"committed and not revealed: {', '.join(missing)}")
         self.stage = "done"
         return {}
 
@@ -308,7 +307,7 @@ def pack_list(commitments: Mapping[str, Signed]) -> bytes:
 
 
 def read_list(reader: Reader) -> dict[str, Signed]:
-    """Inverse of :func:`pack_list`; ``struct.error`` or ``ValueError``."""
+    """Inverse of :func:`pack_list`; raises ``struct.error`` or ``ValueError``."""
     found: dict[str, Signed] = {}
     for _ in range(reader.count(MAX_SITES)):
         site = reader.bytes().decode()
@@ -394,7 +393,8 @@ def _dropped(found: str) -> ProtocolError:
     )
 
 
-def _given_up(found: str) -> RoundAborted:
+def given_up(found: str) -> RoundAborted:
+    """FS-1396: a toss that ends without a seed."""
     return RoundAborted(
         "FS-1396",
         f"a toss for the run's draw is given up: {found}",
@@ -403,6 +403,4 @@ def _given_up(found: str) -> RoundAborted:
     )
 
 
-__all__ = [
-    "SEED_BYTES", "CoinServer", "CoinSite", "Record", "Signed", "Toss", "is_record", "is_toss",
-]  # fmt: skip
+__all__ = ["CoinServer", "CoinSite", "Record", "Signed", "Toss", "given_up", "is_record", "is_toss"]

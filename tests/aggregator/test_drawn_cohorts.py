@@ -18,7 +18,7 @@ from fedsecure.aggregator.schedule import Schedule
 from fedsecure.client import Client
 from fedsecure.config import PolicyConfig, RunSettings
 from fedsecure.data.loading import open_dataset
-from fedsecure.errors import ConfigError, PrivacyError, ProtocolError
+from fedsecure.errors import ConfigError, PrivacyError, ProtocolError, RoundAborted
 from fedsecure.identity.provision import load_identity
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.features import load_site_features, load_units
@@ -44,10 +44,24 @@ DRAWN = {"cohort": 3, "prepared_rounds": 0}
 SEED = 11
 
 
-def tosses(world: World) -> list[dict[str, Any]]:
-    """The draw's lines of the round log."""
-    (file,) = world.folder.glob("aggregator/runs/*/rounds.jsonl")
-    return [line for line in map(json.loads, file.read_text().splitlines()) if line["stage"] == "draw"]
+def kept(world: World) -> dict[str, Any]:
+    """What the aggregator keeps of the draw."""
+    (file,) = world.folder.glob("aggregator/runs/*/draw.json")
+    found: dict[str, Any] = json.loads(file.read_text())
+    return found
+
+
+def again(world: World) -> Drawing:
+    """The draw as the aggregator's next process knows it."""
+    core = world.coordinator
+    return Drawing(
+        world.settings,
+        run=core.run,
+        roster=core._identity.roster,
+        folder=core._store.folder,
+        sessions=core.sessions,
+        alarm=core._account.alarm,
+    )
 
 
 def test_a_run_of_drawn_cohorts_is_the_central_computation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,7 +424,7 @@ def late(world: World) -> bytes:
 
 @pytest.mark.parametrize("lie", LIES)
 def test_a_site_that_is_told_another_draw_does_not_go_on(tmp_path: Path, lie: str) -> None:
-    world = World(tmp_path, sites=5, rounds=5, waits={**DRAWN, "phase_seconds": 5.0})
+    world = World(tmp_path, sites=5, rounds=5, waits=DRAWN)
     world.start()
     make, codes = LIES[lie]
     errors = run_with(world, make(world))
@@ -431,11 +445,21 @@ def test_the_same_meddling_without_a_lie_is_no_obstacle(tmp_path: Path) -> None:
 
 
 class Withholding(MemoryTransport):
-    """A site that commits and, having seen the others' commitments, reveals nothing."""
+    """A site that commits and, having seen the others' commitments, reveals nothing; the time is up once all others
+    have."""
 
-    def __init__(self, *arguments: Any) -> None:
-        super().__init__(*arguments)
-        self.sent = 0
+    def __init__(self, world: World, name: str) -> None:
+        super().__init__(world.coordinator, name, world.gate)
+        self.world, self.name, self.sent = world, name, 0
+
+    def next(self, request: pb.NextRequest) -> pb.Directive:
+        drawing = self.world.coordinator._drawing
+        assert drawing is not None
+        with self.world.gate:
+            toss = drawing._toss
+            if self.sent > 1 and toss is not None and toss.waiting_for() == (self.name,):
+                drawing._deadline = 0.0
+        return super().next(request)
 
     def send(self, message: pb.PhaseMessage) -> None:
         self.sent += 1
@@ -444,16 +468,21 @@ class Withholding(MemoryTransport):
 
 
 def test_who_withholds_a_reveal_is_left_out_of_the_next_toss_and_gets_its_record(tmp_path: Path) -> None:
-    world = World(tmp_path, sites=5, rounds=5, waits={**DRAWN, "phase_seconds": 3.0})
+    world = World(tmp_path, sites=5, rounds=5, waits=DRAWN)
     world.start()
-    withholding = Withholding(world.coordinator, "site-3", world.gate)
+    withholding = Withholding(world, "site-3")
     others = [world.take_part(name) for name in world.names if name != "site-3"]
     world.run(world.take_part("site-3", transport=withholding), *others)
     assert not world.errors
-    first, second = tosses(world)
-    assert first["code"] == "FS-1396"
-    assert "site-3" in first["aborted"]
-    assert second["survivors"] == [name for name in world.names if name != "site-3"]
+    draw = kept(world)
+    (given_up,) = draw["given_up"]
+    assert draw["tosses"] == 2
+    assert given_up["parties"] == world.names
+    assert "FS-1396" in given_up["reason"]
+    assert "site-3" in given_up["reason"]
+    assert [h.facts["code"] for h in world.happened if h.kind == "alarm"] == ["FS-1396"]
+    record = Record.parse(bytes.fromhex(draw["record"]), roster=world.coordinator._identity.roster)
+    assert list(record.reveals) == [name for name in world.names if name != "site-3"]
     outcome = world.coordinator.outcome
     assert outcome is not None
     assert outcome["complete"]
@@ -462,18 +491,22 @@ def test_who_withholds_a_reveal_is_left_out_of_the_next_toss_and_gets_its_record
 
 
 def test_tosses_are_bounded(tmp_path: Path) -> None:
-    world = World(tmp_path, sites=5, rounds=2, waits={**DRAWN, "phase_seconds": 2.0, "max_attempts": 1})
+    world = World(tmp_path, sites=5, rounds=2, waits={**DRAWN, "max_attempts": 1})
     world.start()
-    withholding = Withholding(world.coordinator, "site-3", world.gate)
+    withholding = Withholding(world, "site-3")
     others = [world.take_part(name) for name in world.names if name != "site-3"]
     world.run(world.take_part("site-3", transport=withholding), *others)
-    assert len(tosses(world)) == 1
+    assert (kept(world)["tosses"], kept(world)["record"]) == (1, "")
     assert world.coordinator.failure is not None
     assert "FS-1396" in str(world.coordinator.failure)
+    # Nor does a restart give the aggregator a further choice.
+    assert again(world).draw is None
+    with pytest.raises(RoundAborted, match="FS-1396"):
+        again(world).begin(world.names, 0.0)
 
 
-def test_a_site_that_comes_back_knows_the_draw_and_one_that_comes_late_checks_it(tmp_path: Path) -> None:
-    world = World(tmp_path, sites=5, rounds=10, waits={**DRAWN, "start_seconds": 0.5})
+def test_a_site_that_comes_back_keeps_to_the_draw_it_knew_and_so_does_an_aggregator(tmp_path: Path) -> None:
+    world = World(tmp_path, sites=5, rounds=6, waits=DRAWN)
     world.start()
 
     def leaves_and_returns() -> None:
@@ -484,22 +517,14 @@ def test_a_site_that_comes_back_knows_the_draw_and_one_that_comes_late_checks_it
             known = client._draws.draw
         with world.client("site-2") as client:
             assert client._draws.draw == known is not None
+            with pytest.raises(ProtocolError, match="FS-1398"):
+                client._draws.learn(make_record(world).pack())
+            with pytest.raises(ProtocolError, match="FS-1398"):
+                client._draws.toss(make_record(world, number=1).toss.canonical())
             client.run()
 
-    world.run(leaves_and_returns, *(world.take_part(n) for n in world.names if n not in ("site-2", "site-5")))
-    (toss,) = tosses(world)
-    assert "site-5" not in toss["survivors"]
-    # A fifth that was not there: the aggregator of this folder, started again, gives it the record.
-    core = world.coordinator
-    again = Drawing(
-        world.settings, run=core.run, roster=core._identity.roster, store=core._store, sessions=core.sessions
-    )
-    assert again.draw == core._draw
-    assert again.number == 0
-    with world.client("site-5") as late:
-        late._draws.learn(again.record)
-        assert late._draws.draw == again.draw
-        with pytest.raises(ProtocolError, match="FS-1398"):
-            late._draws.learn(make_record(world).pack())
-        with pytest.raises(ProtocolError, match="FS-1398"):
-            late._draws.toss(make_record(world, number=1).toss.canonical())
+    world.run(leaves_and_returns, *(world.take_part(name) for name in world.names if name != "site-2"))
+    assert not world.errors
+    assert kept(world)["tosses"] == 1
+    assert again(world).draw == world.coordinator._draw is not None
+    assert again(world).number == 0
