@@ -35,6 +35,7 @@ class Hand:
         self.query: Query
         roster = self.identity.roster
         table.core.join(name, pb.JoinRequest(protocol=1, session=self.token, roster_hash=roster.hash), table.now)
+        self.listen()
 
     def listen(self) -> list[pb.Directive]:
         """All that has come since."""
