@@ -35,8 +35,10 @@ from fedsecure.privacy.ledger import Ledger
 from fedsecure.privacy.noise import PrivacyRng, SeededRng
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.secagg.client import SecAggClient
+from fedsecure.secagg.coin import is_record, is_toss
 from fedsecure.secagg.latch import FileLatch
 from fedsecure.site.diary import Diary
+from fedsecure.site.draws import Draws
 from fedsecure.site.line import Line, Moment, Progress
 from fedsecure.site.membership import Membership, accept_welcome, check_identity
 from fedsecure.site.questions import Question, accept, accept_set_up
@@ -86,6 +88,7 @@ class Client:
     _member: Membership
     _sources: Sources
     _rounds: Rounds
+    _draws: Draws
 
     def __init__(
         self,
@@ -203,6 +206,7 @@ class Client:
         self._diary.joined(self._member)
         work_on(run=self.run_id.hex(), site=self.config.site)
         self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch, diary=self._diary)
+        self._draws = Draws.begin(self._member, self._line, folder=self._folder)
         self._sources = Sources(self._member, self.ledger, self._rng, self._progress)
         self._line.start_pulse()
 
@@ -222,7 +226,7 @@ class Client:
             kind = directive.WhichOneof("kind")
             if kind == "ask":
                 try:
-                    self._pending = accept(directive.ask, self._member)
+                    self._pending = accept(directive.ask, self._member, draw=self._draws.draw)
                 except FedsecureError as error:
                     self._line.say_why(error)
                     self._diary.refused(error)
@@ -231,7 +235,7 @@ class Client:
                 yield self._pending.query
                 give_up = self._line.deadline()
             elif kind == "prepare":
-                self._rounds.set_up(accept_set_up(directive.prepare, self._member))
+                self._prepare(directive.prepare)
             elif kind == "finished":
                 self._finish(directive.finished)
 
@@ -302,6 +306,20 @@ class Client:
         return signed_report(self._member, self.ledger, outcome=self.outcome, seeded=self._rng.seeded)
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self, asked: pb.Prepare) -> None:
+        """What comes ahead of rounds: keys for them, the toss for the run's draw, or its record."""
+        raw = asked.descriptor
+        try:
+            if is_toss(raw):
+                self._draws.toss(raw)
+            elif is_record(raw):
+                self._draws.learn(raw)
+            else:
+                self._rounds.set_up(accept_set_up(asked, self._member))
+        except FedsecureError as error:
+            self._line.say_why(error)
+            raise
 
     def _finish(self, finished: pb.Finished) -> None:
         outcome = read_summary(finished.summary_json)

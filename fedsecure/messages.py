@@ -268,10 +268,12 @@ class Aggregate:
     Attributes:
         values: segment name → float64 vector.
         survivors: number of sites in the sum.
+        asked: the query's cohort, of whom the survivors are some; empty where it is all that may be asked.
     """
 
     values: Mapping[str, FloatArray]
     survivors: int
+    asked: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ from fedsecure.aggregator.schedule import Progress
 from fedsecure.aggregator.states import FOLLOWING, RunState
 from fedsecure.aggregator.store import RunStore, Standing
 from fedsecure.config import RunSettings
-from fedsecure.errors import RunError
+from fedsecure.errors import FedsecureError, RunError
 from fedsecure.secagg.server import SecAggResult
 
 log = logging.getLogger("fedsecure.aggregator")
@@ -29,6 +29,7 @@ class Account:
             :mod:`fedsecure.aggregator.states`.
         round, attempt: the question in progress, or the next one.
         attempts: all that are over, as the summary has them.
+        alarms: ``round``, ``code`` and ``reason`` of those raised in this process.
     """
 
     settings: RunSettings
@@ -38,6 +39,7 @@ class Account:
     round: int = 0
     attempt: int = 0
     attempts: list[dict[str, Any]] = field(default_factory=list)
+    alarms: list[dict[str, Any]] = field(default_factory=list)
     _open: dict[str, Any] | None = None
 
     @staticmethod
@@ -51,6 +53,13 @@ class Account:
     def tell(self, kind: Kind, **facts: Any) -> None:
         """Tell whoever listens."""
         self.listener(Happening(kind, self.store.run.hex(), self.store.clock(), facts))
+
+    def alarm(self, error: FedsecureError) -> None:
+        """Something is odd, and the run goes on, or its settings have it stop."""
+        reason = f"{error.found}; expected {error.expected}"
+        log.warning("alarm in round %d: %s: %s", self.round, error.code, reason)
+        self.alarms.append({"round": self.round, "code": error.code, "reason": reason})
+        self.tell("alarm", code=error.code, reason=reason)
 
     def move(self, state: RunState) -> None:
         """The run is in ``state`` from here on."""

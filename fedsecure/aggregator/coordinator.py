@@ -17,6 +17,8 @@ from typing import Any
 
 from fedsecure.aggregator.account import Account, suspects
 from fedsecure.aggregator.admission import PROTOCOL, admit
+from fedsecure.aggregator.alarm import check_sum
+from fedsecure.aggregator.drawing import Drawing
 from fedsecure.aggregator.happenings import Listener
 from fedsecure.aggregator.openings import Broadcast, Openings
 from fedsecure.aggregator.rounds import Attempt, SetUp, decode
@@ -28,9 +30,11 @@ from fedsecure.aggregator.store import RunStore, Wanted, stopped
 from fedsecure.config import FederationConfig
 from fedsecure.errors import EnvironmentProblem, FedsecureError, ProtocolError, RunError, TransportError
 from fedsecure.identity.provision import Identity
+from fedsecure.methods.agenda import asked_at
 from fedsecure.methods.base import Cohort
 from fedsecure.methods.cohorts import check_roles, cohort_of
 from fedsecure.methods.registry import load_method, load_training_method
+from fedsecure.secagg.draw import Draw
 from fedsecure.secagg.phases import Phase
 from fedsecure.wire import federation_pb2 as pb
 
@@ -87,6 +91,18 @@ class Coordinator:
         self._worker: StepWorker | None = None
         self._set_up: SetUp | None = None
         self._epochs = standing.epochs
+        self._drawing = (
+            Drawing(
+                self.settings,
+                run=self.run,
+                roster=identity.roster,
+                folder=store.folder,
+                sessions=self.sessions,
+                alarm=self._account.alarm,
+            )
+            if self.settings.draws
+            else None
+        )
         self._wanted: Wanted = "run"
         self._waiting_since = now
         self._first_round = True
@@ -107,6 +123,8 @@ class Coordinator:
         admit(site, request, settings=self.settings, roster=self._identity.roster)
         if self.sessions.open(site, request.session, now):
             self._account.tell("site-joined", site=site)
+            if self._drawing is not None:
+                self._drawing.tell_record(site)
             if self._ended is not None:
                 self.sessions.tell(site, finished=self._ended)
         return pb.JoinReply(protocol=PROTOCOL, run=self.run, settings_json=self.settings.canonical())
@@ -131,7 +149,9 @@ class Coordinator:
     def send(self, site: str, message: pb.PhaseMessage, now: float) -> None:
         """A small protocol message."""
         self.sessions.hear(site, message.session, now)
-        if self._preparing and self._set_up is not None and compare_digest(self._set_up.ctx, message.ctx):
+        if self._tossing is not None and compare_digest(self._tossing.ctx, message.ctx):
+            self._tossing.receive(site, message.payload)
+        elif self._preparing and self._set_up is not None and compare_digest(self._set_up.ctx, message.ctx):
             self._set_up.receive(site, message.payload)
         else:
             self._current(message.ctx).receive(site, message.payload)
@@ -201,9 +221,11 @@ class Coordinator:
             return f"the aggregator computes after round {self._account.round - 1}"
         if self._account.state is RunState.PAUSED:
             return "the operator has paused the run"
+        if self._tossing is not None:
+            return self._tossing.reason(now)
         cohort, _ = self._cohort()
         running = self._set_up if self._preparing else self._attempt
-        missing = running.waiting_for() if running else [s for s in cohort if not self.sessions.ready(s, now)]
+        missing = list(running.waiting_for() if running else (s for s in cohort if not self.sessions.ready(s, now)))
         seen = [self.sessions.last_seen(site, now) for site in missing[:_NAMED]]
         seen += [f"and {len(missing) - _NAMED} more"] if len(missing) > _NAMED else []
         what = f"{running.phase.name.lower()} of round {self._account.round}" if running else "joining"
@@ -224,6 +246,7 @@ class Coordinator:
             "presence": {site: self.sessions.presence(site, now) for site in sorted(self.settings.sites)},
             "waiting": self.reason(now),
             "attempts": self._account.attempts[-_SHOWN:],
+            "alarms": self._account.alarms[-_SHOWN:],
             "outcome": self.outcome,
         }
 
@@ -249,6 +272,15 @@ class Coordinator:
         """Keys for later rounds are being set up."""
         return self._set_up is not None and self._set_up.phase in (Phase.ADVERTISE, Phase.SHARES)
 
+    @property
+    def _tossing(self) -> Drawing | None:
+        """The draw, while a toss for it goes on."""
+        return self._drawing if self._drawing is not None and self._drawing.stage else None
+
+    @property
+    def _draw(self) -> Draw | None:
+        return self._drawing.draw if self._drawing is not None else None
+
     def _current(self, ctx: bytes) -> Attempt:
         if self._attempt is None or not compare_digest(self._attempt.ctx, ctx):
             raise RunError(
@@ -260,12 +292,17 @@ class Coordinator:
         return self._attempt
 
     def _cohort(self) -> tuple[tuple[str, ...], Cohort]:
-        return cohort_of(self.settings, trainers_only=self._progress.stage == "training")
+        """Who the next question asks, once the run's draw is there; before, whom it may ask."""
+        pool, numbers = cohort_of(self.settings, trainers_only=self._progress.stage == "training")
+        drawn = self._drawing is None or self._draw is not None
+        return asked_at(self.settings, self._account.round, draw=self._draw) if drawn else pool, numbers
 
     def _step(self, now: float) -> bool:
         try:
             if self._worker is not None:
                 return self._compute(self._worker, now)
+            if self._tossing is not None:
+                return self._tossing.advance(now)
             if self._preparing and self._set_up is not None:
                 return self._prepare(self._set_up, now)
             if self._attempt is not None:
@@ -311,9 +348,15 @@ class Coordinator:
             self._account.move(RunState(step.phase))
             self.sessions.relay(ctx, step.phase, step.relays)
             return True
-        progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
         survivors, seconds = step.result.survivors, round(now - attempt.started, 3)
-        self._account.summed(survivors, progress, seconds=seconds, suspects=suspects(step.result))
+        odd, alarm = suspects(step.result), check_sum(attempt.query, step.result, settings=self.settings)
+        if alarm is not None:
+            self._account.alarm(alarm.error())
+            if self.settings.rounds.on_alarm == "stop":
+                raise alarm.error()
+            odd["alarm"] = alarm.error().found
+        progress = self._schedule.absorb(self._progress, decode(attempt.query, step.result))
+        self._account.summed(survivors, progress, seconds=seconds, suspects=odd)
         self._attempt, self._progress, self._waiting_since = None, progress, now
         self.sessions.relay(ctx, step.phase, step.relays)
         self._left_out(cohort, survivors, ctx, reason="the round ended without this site")
@@ -348,19 +391,14 @@ class Coordinator:
             self._finish(now)
             return False
         self._require_attempts_left()
+        if self._drawing is not None and self._draw is None:
+            live = self._gathered(self._drawing.candidates(), self._drawing.required, now)
+            if live is not None:
+                self._drawing.begin(live, now)
+            return False
         sites, cohort = self._cohort()
-        live = [site for site in sites if self.sessions.ready(site, now)]
-        patient = now - self._waiting_since < self.config.rounds.start_seconds
-        # The first question of a process waits for everybody; later ones for those it cannot do without.
-        wanted = len(sites) if self._first_round and patient else cohort.min_survivors
-        if len(live) < wanted:
-            if not patient:
-                raise RunError(
-                    "FS-1701",
-                    self.reason(now),
-                    expected=f"at least {cohort.min_survivors} of {len(sites)} sites",
-                    cure="bring the missing sites back and start `fedsecure serve` again: the run goes on",
-                )
+        live = self._gathered(sites, cohort.min_survivors, now)
+        if live is None:
             return False
         self._first_round = False
         present = self.sessions.tokens(live)
@@ -371,8 +409,12 @@ class Coordinator:
         keys = self._set_up if prepared else None
         self._broadcast = Broadcast.of(ask.inputs)
         account = self._account
-        query = self._openings.query(ask, round=account.round, attempt=account.attempt, inputs=self._broadcast.hashes)
-        attempt, descriptor = self._openings.attempt(query, trainers_only=ask.trainers_only, keys=keys, now=now)
+        query = self._openings.query(
+            ask, round=account.round, attempt=account.attempt, inputs=self._broadcast.hashes, draw=self._draw
+        )
+        attempt, descriptor = self._openings.attempt(
+            query, trainers_only=ask.trainers_only, keys=keys, now=now, draw=self._draw
+        )
         account.open(
             RunState(attempt.phase.name.lower()),
             stage=self._progress.stage,
@@ -384,6 +426,22 @@ class Coordinator:
         directive = pb.Ask(query_json=query.to_json(), descriptor=descriptor.canonical())
         self.sessions.ask(asked, descriptor.ctx, ask=directive)
         return False
+
+    def _gathered(self, sites: tuple[str, ...], least: int, now: float) -> list[str] | None:
+        """Which of these sites are there, once they are enough; RunError FS-1701 where that takes too long."""
+        live = [site for site in sites if self.sessions.ready(site, now)]
+        patient = now - self._waiting_since < self.config.rounds.start_seconds
+        # The first question of a process waits for everybody; later ones for those it cannot do without.
+        if len(live) >= (len(sites) if self._first_round and patient else least):
+            return live
+        if not patient:
+            raise RunError(
+                "FS-1701",
+                self.reason(now),
+                expected=f"at least {least} of {len(sites)} sites",
+                cure="bring the missing sites back and start `fedsecure serve` again: the run goes on",
+            )
+        return None
 
     def _begin_set_up(self, present: Mapping[str, bytes], now: float) -> None:
         if self._set_up is not None:

@@ -13,10 +13,11 @@ from fedsecure.aggregator.store import RunStore
 from fedsecure.config import RunSettings
 from fedsecure.identity.provision import Identity
 from fedsecure.messages import Query, digest_tensor
+from fedsecure.methods.agenda import asked_at
 from fedsecure.methods.base import Ask, Tensor
-from fedsecure.methods.cohorts import cohort_of
 from fedsecure.methods.contexts import epoch_context, round_context
 from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.secagg.draw import Draw
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
 from fedsecure.secagg.epoch_server import EpochServer
 from fedsecure.secagg.record import RecordingEpochServer, RecordingServer, Write, file_name
@@ -47,9 +48,11 @@ class Openings:
     run: bytes
     store: RunStore
 
-    def query(self, ask: Ask, *, round: int, attempt: int, inputs: Mapping[str, bytes]) -> Query:
+    def query(
+        self, ask: Ask, *, round: int, attempt: int, inputs: Mapping[str, bytes], draw: Draw | None = None
+    ) -> Query:
         """The question of one attempt."""
-        sites, _ = cohort_of(self.settings, trainers_only=ask.trainers_only)
+        sites = asked_at(self.settings, round, draw=draw)
         return Query(
             run=self.run,
             round=round,
@@ -64,7 +67,7 @@ class Openings:
         )
 
     def attempt(
-        self, query: Query, *, trainers_only: bool, keys: SetUp | None, now: float
+        self, query: Query, *, trainers_only: bool, keys: SetUp | None, now: float, draw: Draw | None = None
     ) -> tuple[Attempt, RoundDescriptor]:
         """An attempt with keys of its own, or with the next slot of ``keys``."""
         descriptor = round_context(
@@ -74,6 +77,7 @@ class Openings:
             trainers_only=trainers_only,
             epoch=keys.ctx if keys else b"",
             slot=keys.slot() if keys else 0,
+            draw=draw,
         )
         spool = FileSpool(self.store.folder / "spool")
         spool.reserve(descriptor.length * descriptor.word_bytes, uploads=len(descriptor.cohort))

@@ -183,7 +183,7 @@ def decode(query: Query, result: SecAggResult) -> Aggregate:
     for segment in query.segments:
         values[segment.name] = from_grid(result.total[offset : offset + segment.length], segment)
         offset += segment.length
-    return Aggregate(values=values, survivors=len(result.survivors))
+    return Aggregate(values=values, survivors=len(result.survivors), asked=query.cohort)
 
 
 __all__ = ["Attempt", "RoundAborted", "SetUp", "Step", "decode"]

@@ -130,6 +130,8 @@ class RoundsConfig(Section):
     """Cohort, collusion and waiting.
 
     Attributes:
+        cohort: K, how many training sites a training round asks, by public draw; ``"all"`` asks everybody. Evaluation
+            asks everybody always.
         colluders: c; ``"auto"`` is max(1, ⌊(n−1)/3⌋) (secagg.md §3.5).
         min_survivors: u_min; ``"auto"`` is the protocol's minimum max(t, c+2).
         phase_seconds: longest wait for the sites' messages in one phase.
@@ -140,9 +142,11 @@ class RoundsConfig(Section):
         prepared_rounds: training rounds whose keys are set up at once, so that each then takes three messages instead
             of five; 0 sets up every round by itself. A site that restarts loses its keys, and new ones are set up.
             Times the number of training sites at most 60 000.
+        on_alarm: what follows a sum that no honest sites can have made: the run goes on, or stops.
         transcripts: record every attempt, and every set-up of keys, for ``fedsecure transcript verify``.
     """
 
+    cohort: Literal["all"] | Annotated[int, Field(ge=3)] = "all"
     colluders: Literal["auto"] | Annotated[int, Field(ge=1)] = "auto"
     min_survivors: Literal["auto"] | Annotated[int, Field(ge=3)] = "auto"
     phase_seconds: Positive = 60.0
@@ -151,6 +155,7 @@ class RoundsConfig(Section):
     start_seconds: Positive = 600.0
     max_attempts: Annotated[int, Field(ge=1, le=1000)] = 5
     prepared_rounds: Annotated[int, Field(ge=0, le=1024)] = 16
+    on_alarm: Literal["continue", "stop"] = "continue"
     transcripts: bool = False
 
 
@@ -182,6 +187,13 @@ class RunSettings(Section):
         if self.method.alignment.prototypes and self.privacy.ring_bits != 32:
             raise ValueError("alignment.prototypes needs ring_bits = 32: a site's class sums are rounded as one")
         prepared = self.rounds.prepared_rounds
+        if self.cohort_size() > len(trainers):
+            raise ValueError(f"rounds.cohort = {self.rounds.cohort} of {len(trainers)} training sites")
+        if self.draws and prepared:
+            raise ValueError(
+                f"prepared_rounds = {prepared} with a drawn cohort: keys are set up for one cohort, and each round has "
+                "another; set prepared_rounds = 0"
+            )
         if prepared * len(trainers) > MAX_PREPARED:
             most = MAX_PREPARED // len(trainers)
             raise ValueError(f"prepared_rounds = {prepared} for {len(trainers)} training sites, at most {most}")
@@ -201,6 +213,19 @@ class RunSettings(Section):
         """q of each training site: its own where its entry names one, else the run's."""
         rates = {site: self.sites[site].sampling_rate for site in self.declared_units()}
         return {site: self.privacy.sampling_rate if rate is None else rate for site, rate in rates.items()}
+
+    def cohort_size(self) -> int:
+        """K: how many training sites a training round asks."""
+        return len(self.declared_units()) if self.rounds.cohort == "all" else self.rounds.cohort
+
+    @property
+    def draws(self) -> bool:
+        """Whether each training round asks some of the training sites, drawn in public."""
+        return self.cohort_size() < len(self.declared_units())
+
+    def rounds_asked(self) -> int:
+        """⌈R·K/n⌉: in how many of the R training rounds a site is asked at most, whatever is drawn."""
+        return -(-self.method.rounds * self.cohort_size() // len(self.declared_units()))
 
     def canonical(self) -> str:
         """Canonical JSON: sorted keys, no spaces."""

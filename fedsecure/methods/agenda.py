@@ -9,9 +9,11 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedsecure.config import RunSettings
+from fedsecure.errors import ProtocolError
 from fedsecure.methods.base import Ask, ServerState
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.methods.registry import load_method, load_training_method
+from fedsecure.secagg.draw import Draw
 
 
 def evaluates(settings: RunSettings, stage: str) -> bool:
@@ -38,19 +40,40 @@ def question(settings: RunSettings, round: int, *, start: ServerState) -> Ask | 
         The question, its inputs being those of round 0: only names, types and shapes hold for later rounds. ``None``
         where the run has no such question.
     """
-    if round < 0:
-        return None
-    step = round
-    if evaluates(settings, "before"):
-        if round == 0:
-            return _evaluation(settings, start)
-        step -= 1
-    if step < settings.method.rounds:
+    step = training_step(settings, round)
+    if step is not None:
         _, cohort = cohort_of(settings, trainers_only=True)
         return load_training_method(settings.method.name).ask(settings, cohort, replace(start, step=step))
-    if step == settings.method.rounds and evaluates(settings, "after"):
+    before, after = evaluates(settings, "before"), evaluates(settings, "after")
+    if (before and round == 0) or (after and round == settings.method.rounds + before):
         return _evaluation(settings, start)
     return None
+
+
+def training_step(settings: RunSettings, round: int) -> int | None:
+    """Which training round question number ``round`` is, counted from 0; ``None`` where it is none."""
+    step = round - evaluates(settings, "before")
+    return step if 0 <= step < settings.method.rounds else None
+
+
+def asked_at(settings: RunSettings, round: int, *, draw: Draw | None) -> tuple[str, ...]:
+    """Who question number ``round`` is asked, in protocol order.
+
+    Raises:
+        ProtocolError: FS-1397 the run draws its cohorts, and there is no draw yet.
+    """
+    step = training_step(settings, round)
+    sites, _ = cohort_of(settings, trainers_only=step is not None)
+    if step is None or not settings.draws:
+        return sites
+    if draw is None:
+        raise ProtocolError(
+            "FS-1397",
+            f"training round {step} of a run that draws its cohorts, before the draw",
+            expected="the draw before the first question",
+            cure="do not go on with this aggregator; report it",
+        )
+    return draw.cohort(step)
 
 
 def _evaluation(settings: RunSettings, start: ServerState) -> Ask | None:

@@ -8,13 +8,22 @@ from __future__ import annotations
 from fedsecure.config import RunSettings
 from fedsecure.identity.roster import Roster
 from fedsecure.messages import Query
-from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.cohorts import cohort_of, tossers
+from fedsecure.secagg.coin import Record, Toss
 from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.secagg.draw import Draw
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
 
 
 def round_context(
-    settings: RunSettings, query: Query, *, roster: Roster, trainers_only: bool, epoch: bytes = b"", slot: int = 0
+    settings: RunSettings,
+    query: Query,
+    *,
+    roster: Roster,
+    trainers_only: bool,
+    epoch: bytes = b"",
+    slot: int = 0,
+    draw: Draw | None = None,
 ) -> RoundDescriptor:
     """The descriptor of one attempt.
 
@@ -24,6 +33,7 @@ def round_context(
         roster: the builder's own verified copy.
         trainers_only: whose c and u_min hold, as in the question's ``Ask``.
         epoch, slot: prepared keys, if the attempt uses any.
+        draw: the run's, if it has one.
 
     Raises:
         ProtocolError: what the descriptor's constructor raises.
@@ -32,13 +42,30 @@ def round_context(
     return RoundDescriptor.from_query(
         query,
         roster=roster,
-        config_hash=settings.digest(),
+        config_hash=config_hash(settings, trainers_only=trainers_only, draw=draw),
         base_hash=bytes.fromhex(settings.encoder.fingerprint),
         colluders=cohort.colluders,
         min_survivors=cohort.min_survivors,
         epoch=epoch,
         slot=slot,
     )
+
+
+def config_hash(settings: RunSettings, *, trainers_only: bool, draw: Draw | None) -> bytes:
+    """``config_hash`` of a round: of the public settings and, in a training round with a draw, of its seed."""
+    return draw.bind(settings.digest()) if draw is not None and trainers_only else settings.digest()
+
+
+def toss_context(settings: RunSettings, *, run: bytes, number: int, parties: tuple[str, ...], roster: Roster) -> Toss:
+    """Toss number ``number`` for the run's draw."""
+    _, required = tossers(settings)
+    return Toss(run, roster.hash, settings.digest(), number, parties, required)
+
+
+def draw_of(settings: RunSettings, record: Record) -> Draw:
+    """The draw that a checked record is the seed of."""
+    sites, _ = tossers(settings)
+    return Draw(sites, settings.cohort_size(), record.seed)
 
 
 def epoch_context(settings: RunSettings, *, run: bytes, number: int, roster: Roster) -> EpochDescriptor:

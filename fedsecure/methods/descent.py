@@ -89,8 +89,8 @@ class AdapterDescent:
         current = spec.flatten({name: state.tensors[name] for name in spec.shapes})
         if settings.privacy.noise == "distributed":
             rate, _ = self.rate(settings, cohort)
-            rates = settings.sampling_rates()
-            expected = sum(rates[site] * units for site, units in settings.declared_units().items())
+            rates, declared = settings.sampling_rates(), settings.declared_units()
+            expected = sum(rates[site] * declared[site] for site in aggregate.asked or declared)
             following = current - rate * aggregate.values["gradient"] / expected
         else:
             following = current + aggregate.values["change"]
@@ -136,7 +136,7 @@ class AdapterDescent:
         )
         if self.contrast:
             state = SiteState({name: (inputs[name] + change[name]).astype(np.float32) for name in spec.shapes})
-        weight = own / sum(declared.values())
+        weight = own / sum(declared[site] for site in release.query.cohort)
         return Answer(values={"change": weight * spec.flatten(change)}, units={"change": len(units)}), state
 
     def _training_task(
@@ -265,5 +265,6 @@ def plan_of(canonical: str, cohort: Cohort, parameters: int, *, last: LastReleas
         local_steps=settings.method.local_steps,
         cohort=cohort,
         sampling_rates=settings.sampling_rates(),
+        asked=settings.rounds_asked(),
         last=last,
     )

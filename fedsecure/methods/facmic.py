@@ -27,7 +27,7 @@ from fedsecure.learning.objective import Negatives
 from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
-from fedsecure.methods.cohorts import cohort_of
+from fedsecure.methods.cohorts import cohort_of, refuse_draw
 from fedsecure.methods.descent import DELTA_GRID, AdapterDescent
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import PrivacyPlan
@@ -50,6 +50,7 @@ class Facmic(AdapterDescent):
 
     def start(self, settings: RunSettings, cohort: Cohort) -> ServerState:
         if settings.method.alignment.prototypes:
+            refuse_draw(settings)
             self.prototypes_segment(settings, cohort, self.plan(settings, cohort))
         return AdapterDescent.start(self, settings, cohort)
 

@@ -272,12 +272,15 @@ def _candidate(numbers: Numbers, method: str, noise: Noise) -> Candidate:
         values |= {"sampling_rate": 1.0, "spare_attempts": 0}
     if once or noise == "local":
         values.pop("ring_bits", None)
+    asked = -(-ROUNDS[method] * numbers.cohort.sites // len(numbers.units))
     plan = Privacy(**values).plan(
-        parameters=released, units=numbers.units, rounds=ROUNDS[method], cohort=numbers.cohort
+        parameters=released, units=numbers.units, rounds=ROUNDS[method], cohort=numbers.cohort, asked=asked
     )
     signal = plan.sum_mu * sum(numbers.units.values()) / numbers.classes
     least = numbers.privacy.minimum_signal_to_noise
-    refused = plan.signal_to_noise < least
+    refused = f"S/N below {least:g}" if plan.signal_to_noise < least else ""
+    if once and numbers.cohort.sites < len(numbers.units):
+        refused = "asks once, and each round asks some of the sites"
     return Candidate(
         method=method,
         noise=noise,
@@ -289,8 +292,8 @@ def _candidate(numbers: Numbers, method: str, noise: Noise) -> Candidate:
         mu=plan.sum_mu,
         class_signal=signal,
         signal_to_noise=plan.signal_to_noise,
-        refused=refused,
-        verdict=f"refused: S/N below {least:g}" if refused else _verdict(method, noise, signal, plan.rounds),
+        refused=bool(refused),
+        verdict=f"refused: {refused}" if refused else _verdict(method, noise, signal, plan.rounds),
     )
 
 

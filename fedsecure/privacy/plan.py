@@ -64,16 +64,17 @@ class PrivacyPlan:
     Attributes:
         round_events: what one attempt of one round charges the site that is sampled most (:func:`paid_by`).
         rounds: communication rounds.
-        attempts: rounds plus spare attempts: how often ``round_events`` may be charged within
+        asked: in how many of them one site is asked at most; all, unless cohorts are drawn.
+        attempts: that plus spare attempts: how often ``round_events`` may be charged within
         ``target_epsilon``.
         epsilon: ε(δ) when every attempt is used, of the site that pays most, against whoever sees the sums or
             models, and the aggregator with at most c sites.
         epsilon_expected: the same when no attempt fails.
         epsilon_beyond: ε(δ) against the aggregator with more than c sites, all attempts used.
         mu: μ of all attempts; ``None`` under Poisson sampling.
-        sum_noise_multiplier: noise of the sum of all sites, standard deviation over the clip norm.
-        sum_mu: √steps · q / sum_noise_multiplier over the expected rounds: the strength of the whole signal
-            of one unit, which the learning rate follows.
+        sum_noise_multiplier: noise of the sum of a round's sites, standard deviation over the clip norm.
+        sum_mu: √steps · q / sum_noise_multiplier over the expected rounds, times the share of the sites that a round
+            asks: the strength of the whole signal of one unit, which the learning rate follows.
         signal_to_noise: greatest norm of a step's summed signal over the expected norm of its noise.
         parameters: p, trained parameters; units: declared training units by site; sampling_rates: q by site.
         last_events: what each of the last ``last_rounds`` rounds charges beside.
@@ -86,6 +87,7 @@ class PrivacyPlan:
     noise: Literal["distributed", "local"]
     noise_multiplier: float
     rounds: int
+    asked: int
     local_steps: int
     attempts: int
     epsilon: float
@@ -107,9 +109,10 @@ class PrivacyPlan:
         return self.round_events + (self.last_events if step >= self.rounds - self.last_rounds else ())
 
     def events_of(self, rounds: int) -> tuple[Event, ...]:
-        """What the last ``rounds`` rounds charge, or that many attempts, of which any may be one of the last rounds."""
+        """What the last ``rounds`` rounds of a site charge, or that many attempts, of which any may be one of the last
+        rounds."""
         return self.round_events * rounds + self.last_events * min(
-            rounds, self.last_rounds + max(0, rounds - self.rounds)
+            rounds, self.last_rounds + max(0, rounds - self.asked)
         )
 
     def table(self) -> list[tuple[str, str]]:
@@ -126,7 +129,8 @@ class PrivacyPlan:
             ("noise multiplier a step", f"{self.noise_multiplier:.4g}"),
             ("sampling", sampling),
             ("rounds × local steps", f"{self.rounds} × {self.local_steps}"),
-            ("spare attempts", f"{self.attempts - self.rounds}"),
+            *([("rounds that ask one site, at most", f"{self.asked}")] if self.asked < self.rounds else []),
+            ("spare attempts", f"{self.attempts - self.asked}"),
             *[
                 (f"{e.purpose}, last {self.last_rounds} round(s)", f"noise multiplier {e.noise_multiplier:.4g}")
                 for e in self.last_events
@@ -177,6 +181,7 @@ class Privacy(PrivacyConfig):
         cohort: CohortNumbers,
         local_steps: int = 1,
         sampling_rates: Mapping[str, float] | None = None,
+        asked: int | None = None,
         last: LastReleases | None = None,
     ) -> PrivacyPlan:
         """Noise, price and predicted signal of a run; reads no data.
@@ -185,11 +190,13 @@ class Privacy(PrivacyConfig):
             parameters: p, number of trained parameters.
             units: declared maximum number of units of every training site.
             rounds: communication rounds.
-            cohort: number of sites, c and u_min.
+            cohort: number of sites a round asks, c and u_min.
             local_steps: steps a site takes per round; 1 with distributed noise.
             sampling_rates: q of every training site; by default ``sampling_rate`` at each. All have the same noise
                 multiplier, enough for the site that is sampled most, and each pays for its own rate.
-            last: further releases in the last rounds, within the same target.
+            asked: in how many rounds a site is asked at most, where each round asks ``cohort.sites`` of them by public
+                draw; all by default. A site pays for those and no more, and for each of them in full.
+            last: further releases in the last rounds, within the same target; all sites are asked there.
 
         Raises:
             PrivacyError: FS-1203 δ is not below 1 over a site's units; FS-1204 the signal would drown in the
@@ -209,7 +216,8 @@ class Privacy(PrivacyConfig):
                 expected=f"δ below 1/{units[largest]}, better below 1/{10 * units[largest]}",
                 cure="choose a smaller delta",
             )  # fmt: skip
-        attempts = rounds + self.spare_attempts
+        paid = rounds if asked is None else asked
+        attempts = paid + self.spare_attempts
         distributed = self.noise == "distributed"
         rates = dict.fromkeys(units, self.sampling_rate) if sampling_rates is None else dict(sampling_rates)
         further = (last.rounds if last else 0, (last.rounds + self.spare_attempts) if last else 0)
@@ -224,7 +232,9 @@ class Privacy(PrivacyConfig):
         )
         each = [replace(one, sampling_rate=rate) for rate in sorted(set(rates.values()))]
         sum_noise = z * math.sqrt(cohort.sites / cohort.honest if distributed else cohort.sites)
-        sampled = math.fsum(rates[site] * count for site, count in units.items())
+        # Of the sites of a round, which one by one are as likely as any others.
+        share = 1.0 if asked is None else cohort.sites / len(units)
+        sampled = share * math.fsum(rates[site] * count for site, count in units.items())
         signal = sampled / (sum_noise * math.sqrt(parameters))
         plan = PrivacyPlan(
             round_events=(one,),
@@ -234,12 +244,11 @@ class Privacy(PrivacyConfig):
             noise=self.noise,
             noise_multiplier=z,
             rounds=rounds,
+            asked=paid,
             local_steps=local_steps,
             attempts=attempts,
             epsilon=max(accounting.epsilon((e,) * attempts + beside * further[1], delta=self.delta) for e in each),
-            epsilon_expected=max(
-                accounting.epsilon((e,) * rounds + beside * further[0], delta=self.delta) for e in each
-            ),
+            epsilon_expected=max(accounting.epsilon((e,) * paid + beside * further[0], delta=self.delta) for e in each),
             epsilon_beyond=max(
                 accounting.epsilon((e,) * attempts + beside * further[1], delta=self.delta, adversary="beyond")
                 for e in each
@@ -259,7 +268,7 @@ class Privacy(PrivacyConfig):
             smallest = min(units, key=lambda site: units[site])
             raise PrivacyError(
                 "FS-1204",
-                f"predicted signal-to-noise {signal:.2g}: {sum(units.values())} units over {cohort.sites} sites "
+                f"predicted signal-to-noise {signal:.2g}: {sum(units.values())} units over {len(units)} sites "
                 f"(the smallest, {smallest!r}, has {units[smallest]}), "
                 f"{parameters:,} parameters, ε = {plan.epsilon:.3g}",
                 expected=f"at least {self.minimum_signal_to_noise:g}",

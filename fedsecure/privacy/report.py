@@ -82,8 +82,7 @@ def site_report(
     Returns:
         An object valid under ``report.schema.json``, ``kind`` "site". A figure that is not finite is ``None``.
     """
-    trainers = [name for name, entry in settings.sites.items() if entry.role == "train"]
-    colluders, survivors = collusion(settings, len(trainers))
+    colluders, survivors = collusion(settings, settings.cohort_size())
     charged: list[tuple[Population, str | None]] = [("train", train_dataset), ("evaluation", evaluation_dataset)]
     budgets = {
         population: _budget(
@@ -111,7 +110,7 @@ def site_report(
         "mechanism": _mechanism(settings, plan, seeded=seeded),
         "secagg": {
             "mode": "active",
-            "sites": len(trainers),
+            "sites": settings.cohort_size(),
             "colluders": colluders,
             "min_survivors": survivors,
         },

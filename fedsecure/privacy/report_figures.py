@@ -156,16 +156,23 @@ def several_sites(reports: Sequence[Mapping[str, Any]], delta: float, *, declare
     populations: tuple[Population, ...] = ("train", "evaluation")
     for population in populations:
         budgets = [r["budgets"][population] for r in reports if r["budgets"].get(population, {}).get("releases")]
+        single: list[dict[tuple[int, int], list[Event]]] = []
         charges: dict[tuple[int, int], list[Event]] = {}
         for budget in budgets:
+            single.append({})
             for row in budget["releases"]:
                 if row["state"] != "VOID":
                     found = events_of(row["events"], population)
                     key = row["round"], row["attempt"]
+                    single[-1][key] = found
                     charges[key] = max(charges.get(key, []), found, key=lambda e: math.fsum(map(_weight, e)))
         most = len(budgets)
         for count in sorted({*range(1, min(most, _MOST_LISTED) + 1), min(most, declared), most} - {0}):
-            eps, mu = at_sites(charges, delta, count=count)
+            if count == 1:
+                # The site that pays most: with drawn cohorts no site pays for every round.
+                eps, mu = max((at_sites(one, delta, count=1) for one in single), key=lambda found: found[0])
+            else:
+                eps, mu = at_sites(charges, delta, count=count)
             figures.append({"population": population, "sites": count, "epsilon": finite(eps), "mu": mu})
     return {"declared": declared, "figures": figures}
 

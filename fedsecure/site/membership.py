@@ -173,7 +173,7 @@ def check_budget(settings: RunSettings, plan: PrivacyPlan, *, config: SiteConfig
     train = training_section(config)
     # After a restart in the middle of a run, the rounds charged before are spent, not ahead.
     mine = {e.round for e in ledger.history(train.name, "train") if e.run == run.hex()}
-    ahead = paid_by(config.site, plan.events_of(max(0, settings.method.rounds - len(mine))), settings)
+    ahead = paid_by(config.site, plan.events_of(max(0, plan.asked - len(mine))), settings)
     return ledger.afford(
         dataset=train.name,
         population="train",

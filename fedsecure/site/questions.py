@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from fedsecure.config import PolicyConfig
 from fedsecure.errors import ProtocolError
 from fedsecure.messages import Query
-from fedsecure.methods.agenda import question
+from fedsecure.methods.agenda import asked_at, question
 from fedsecure.methods.base import Ask
-from fedsecure.methods.cohorts import cohort_of
-from fedsecure.methods.contexts import epoch_context, round_context
+from fedsecure.methods.contexts import config_hash, epoch_context, round_context
 from fedsecure.secagg.descriptor import RoundDescriptor
+from fedsecure.secagg.draw import Draw
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
 from fedsecure.secagg.policy import RoundPolicy, check, check_epoch
 from fedsecure.site.membership import Membership
@@ -31,12 +31,18 @@ class Question:
     ask: Ask
 
 
-def accept(asked: pb.Ask, member: Membership) -> Question:
+def accept(asked: pb.Ask, member: Membership, *, draw: Draw | None = None) -> Question:
     """Parse a question and recompute all of it.
 
+    Args:
+        asked: the question.
+        member: this site's place in the run.
+        draw: the run's, where it draws its cohorts and this site knows it.
+
     Raises:
-        ProtocolError: FS-1371 malformed, FS-1373 not what the settings call for, FS-1372 a context of other numbers;
-            others where a floor of this site is broken (:func:`fedsecure.secagg.policy.check`).
+        ProtocolError: FS-1371 malformed, FS-1373 not what the settings call for, FS-1399 another cohort than the one
+            drawn, FS-1397 a cohort before the draw, FS-1372 a context of other numbers; others where a floor of this
+            site is broken (:func:`fedsecure.secagg.policy.check`).
     """
     try:
         query = Query.from_json(asked.query_json)
@@ -59,7 +65,14 @@ def accept(asked: pb.Ask, member: Membership) -> Question:
             expected="the method, segments, events and inputs that this site computes from the same settings",
             cure="do not go on with this aggregator, unless its release of the method is another; report it",
         )
-    sites, _ = cohort_of(settings, trainers_only=ask.trainers_only)
+    sites = asked_at(settings, query.round, draw=draw)
+    if settings.draws and query.cohort != sites:
+        raise ProtocolError(
+            "FS-1399",
+            f"question {query.round} asks {', '.join(query.cohort[:10])}, and the draw says {', '.join(sites[:10])}",
+            expected="the sites that the run's draw has in this round, and all of them in an evaluation",
+            cure="do not go on with this aggregator; report it",
+        )
     # Which prepared keys a round uses is the aggregator's to say; whether they are there and unused, this site's.
     claimed = RoundDescriptor.parse(asked.descriptor)
     descriptor = round_context(
@@ -69,6 +82,7 @@ def accept(asked: pb.Ask, member: Membership) -> Question:
         trainers_only=ask.trainers_only,
         epoch=claimed.epoch,
         slot=claimed.slot,
+        draw=draw,
     )
     if descriptor.canonical() != asked.descriptor or query.cohort != sites or query.run != member.run:
         raise ProtocolError(
@@ -83,7 +97,7 @@ def accept(asked: pb.Ask, member: Membership) -> Question:
         policy=floors(member.config.policy),
         roster=member.identity.roster,
         site=member.config.site,
-        config_hash=settings.digest(),
+        config_hash=config_hash(settings, trainers_only=ask.trainers_only, draw=draw),
         base_hash=bytes.fromhex(member.features.fingerprint),
     )
     return Question(query, descriptor, ask)

@@ -1,6 +1,7 @@
 """What a site keeps of a run, in the run's folder: the method's own state, and at the end report, adapter and traffic.
 
 <state>/runs/<run>/<method>.safetensors   what a method keeps between rounds
+<state>/runs/<run>/draw                   the record of the run's draw, where it draws its cohorts
 <state>/runs/<run>/privacy-report.json, adapter.safetensors, usage.json
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,6 +52,15 @@ class RunFolder:
         """Keep a method's state, if it has any."""
         if state.tensors:
             write_whole(self.path / f"{method}.safetensors", save_tensors(dict(state.tensors)))
+
+    def load_draw(self) -> bytes | None:
+        """The record of the run's draw, if it is known here."""
+        path = self.path / "draw"
+        return path.read_bytes() if path.exists() else None
+
+    def save_draw(self, record: bytes) -> None:
+        """Keep it for this site's next process."""
+        write_whole(self.path / "draw", record)
 
     def write_results(
         self,
@@ -102,13 +113,16 @@ def final_hashes(finished: pb.Finished, member: Membership) -> dict[str, bytes]:
 
 
 def adapter_epsilon(member: Membership, outcome: Mapping[str, Any]) -> float:
-    """ε of the site that paid most: aborted attempts are charged like others."""
+    """ε of the site that paid most: aborted attempts are charged like others, to whom they asked."""
     from fedsecure.privacy.accounting import epsilon
 
-    paid = sum(attempt["stage"] == "training" for attempt in outcome.get("attempts", ()))
+    attempts = [attempt for attempt in outcome.get("attempts", ()) if attempt["stage"] == "training"]
+    asked = Counter(site for attempt in attempts for site in attempt["cohort"])
     settings = member.settings
-    rounds = max(settings.method.rounds, paid)
-    prices = {paid_by(site, member.plan.events_of(rounds), settings) for site in settings.declared_units()}
+    prices = {
+        paid_by(site, member.plan.events_of(max(member.plan.asked, asked[site])), settings)
+        for site in settings.declared_units()
+    }
     return max(epsilon(price, delta=settings.privacy.delta) for price in prices)
 
 

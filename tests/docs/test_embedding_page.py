@@ -146,11 +146,13 @@ def check_files(home: Path) -> None:
     for path in home.rglob("*"):
         if path.is_file() and path.name != "embeddings.npz":
             parts = ["<run>" if re.fullmatch("[0-9a-f]{32}", part) else part for part in path.relative_to(home).parts]
+            parts = [re.sub(r"^model-\d+", "model-<n>", part) for part in parts]
             found.add("/".join("<site>" if part in SITES else part for part in parts))
     listed = listed_files()
     assert sorted(found - listed - {f"{path}{end}" for path in listed for end in ("-wal", "-shm")}) == []
-    # Neither images, an audit, a method with a memory of its own nor an enrolment are in this run.
+    # Neither images, an audit, drawn cohorts, a method with a memory of its own nor an enrolment are in this run.
     ends = ("features.sqlite", "<method>.safetensors", "audit.json", "register.json", "enrolment-address")
+    ends += ("/draw", "draw.json")
     seldom = {path for path in listed if path.endswith(ends)}
     assert len(seldom) == len(ends)
     assert sorted(listed - seldom - found) == []
