@@ -155,7 +155,7 @@ class Stage:
             return True
         return (actor.event is not None and actor.event.is_set()) or (actor.target is not None and actor.target.done)
 
-    # --- what stands in for the modules of the site's code ----------------------------------------------------------------
+    # --- what stands in for the modules of the site's code ------------------------------------------------------------
 
     def time(self) -> SimpleNamespace:
         """The module ``time``."""

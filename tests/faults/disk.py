@@ -21,7 +21,7 @@ from typing import Any, Literal
 from faults.baton import Killed, Process, Stage
 
 When = Literal["before", "after"]
-_NUMBERS = re.compile(r"\.\d+\.|[0-9a-f]{16,}|(?<=latch\.json)\w+")
+_NUMBERS = re.compile(r"(?<=model)-\d+")
 _WRITING = os.O_WRONLY | os.O_RDWR
 
 
@@ -49,6 +49,8 @@ class Disks:
         full: processes' names whose disk has no room.
         traps: process name → where it is killed.
         seen: every boundary that was passed: process name and point, with how often.
+        sprung: where processes were killed.
+        doing: what the commit in progress is for; names its boundary in place of the database's file.
     """
 
     stage: Stage
@@ -57,6 +59,7 @@ class Disks:
     traps: dict[str, Trap] = field(default_factory=dict)
     seen: dict[tuple[str, str], int] = field(default_factory=dict)
     sprung: list[tuple[str, str, When]] = field(default_factory=list)
+    doing: str = ""
 
     def boundary(self, point: str, when: When) -> None:
         """A process is at a boundary; raises :class:`Killed` where it is killed there."""
@@ -114,7 +117,7 @@ class WatchedConnection(sqlite3.Connection):
             error = sqlite3.OperationalError("database or disk is full")
             error.sqlite_errorname, error.sqlite_errorcode = "SQLITE_FULL", 13
             raise error
-        point = f"commit {name_of(self.file)}"
+        point = f"commit {self.disks.doing or name_of(self.file)}"
         self.disks.boundary(point, "before")
         done = commit()
         self.disks.boundary(point, "after")

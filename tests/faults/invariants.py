@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import sqlite3
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from faults.basis import vector_of
-from faults.world import SimulatedWorld
-from safetensors.numpy import load_file
+from faults.basis import Vector, vector_of
+from faults.world import PARAMETERS, SimulatedWorld
+from safetensors.numpy import load
 
 from fedsecure.privacy.ledger import Ledger
 
@@ -33,38 +34,68 @@ def check_everything(world: SimulatedWorld) -> None:
 
 
 def check_sums(world: SimulatedWorld) -> None:
-    """Each sum is the exact sum of the answers of its recorded survivors, and no answer is in two of them."""
+    """Each sum is the exact sum of the answers of its recorded survivors, and no answer is in two of them.
+
+    What is recorded is read past the aggregator's code, as a process that takes the run up would find it.
+    """
     numbers = {(a.site, a.run, a.round, a.attempt): a.number for a in world.answers.values()}
     assert len(numbers) == len(world.answers), "a site answered one attempt twice"
     counted = Counter[int]()
-    for run in world.runs:
-        sums = [absorbed for absorbed in world.absorbed_sums if absorbed.run == run]
-        released = [record for record in records_of(world, run) if "survivors" in record]
-        assert len(sums) == len(released), f"{len(sums)} sums, {len(released)} records of one"
-        total = np.zeros(len(sums[0].sum)) if sums else np.zeros(0)
-        for absorbed, record in zip(sums, released, strict=True):
-            cohort = tuple(record["cohort"])
-            survivors = record["survivors"]
-            assert len(set(survivors)) == len(survivors) == absorbed.survivors
-            expected = np.zeros(len(absorbed.sum))
+    released = set[tuple[str, bytes, int, int]]()
+    for run, (model, records) in recorded(world).items():
+        sums = [absorbed.sum for absorbed in world.absorbed_sums if absorbed.run == run]
+        total: Vector | None = None
+        for record in records:
+            survivors = record["outcome"].get("survivors")
+            if survivors is None:
+                continue
+            expected = np.zeros(PARAMETERS)
             for site in survivors:
-                number = numbers[site, run, record["round"], record["attempt"]]
-                counted[number] += 1
-                expected += vector_of(cohort, site, number, length=len(expected))
-            assert np.array_equal(absorbed.sum, expected), (absorbed.sum, expected)
-            total += expected
-        if world.core is not None and world.core.run == run and sums:
-            model = load_file(world.folder / "aggregator" / "runs" / run.hex() / "state.safetensors")["D"]
-            assert np.array_equal(model.ravel(), total), "the model is not the sum of all recorded rounds"
+                answer = (site, run, record["round"], record["attempt"])
+                counted[numbers[answer]] += 1
+                released.add(answer)
+                expected += vector_of(tuple(record["cohort"]), site, numbers[answer], length=PARAMETERS)
+            # A sum that came out and was not recorded, since the process was killed, is no sum.
+            while sums and not np.array_equal(sums[0], expected):
+                sums.pop(0)
+            assert sums, f"no sum like round {record['round']}, attempt {record['attempt']}"
+            total = expected if total is None else total + expected
+        if total is not None:
+            assert model is not None
+            assert np.array_equal(model, total), "the model is not the sum of all recorded rounds"
     assert not [number for number, times in counted.items() if times > 1], "an answer was counted twice"
+    for site, run, receipt in world.receipts:
+        if receipt.released:
+            assert (site, run, receipt.round, receipt.attempt) in released, "a site was told of a sum that is not recorded"
 
 
-def records_of(world: SimulatedWorld, run: bytes) -> Iterator[dict[str, Any]]:
-    """The run's records of attempts, in order."""
-    file = world.folder / "aggregator" / "runs" / run.hex() / "rounds.jsonl"
-    if file.exists():
-        for line in file.read_text().splitlines():
-            yield json.loads(line)
+def recorded(world: SimulatedWorld) -> dict[bytes, tuple[Vector | None, list[dict[str, Any]]]]:
+    """run → its model and its attempts, as they are on the aggregator's disk."""
+    home = world.folder / "aggregator"
+    if not (home / "aggregator.db").exists():
+        return {}
+    connection = sqlite3.connect(f"file:{home / 'aggregator.db'}?mode=ro", uri=True)
+    try:
+        if not connection.execute("SELECT count(*) FROM sqlite_master WHERE name = 'attempts'").fetchone()[0]:
+            return {}
+        found: dict[bytes, tuple[Vector | None, list[dict[str, Any]]]] = {}
+        for run, name, digest in connection.execute("SELECT id, model, model_hash FROM runs").fetchall():
+            model = None
+            if name:
+                data = (home / "runs" / run / name).read_bytes()
+                assert hashlib.sha256(data).hexdigest() == digest
+                model = load(data)["D"].ravel().astype(np.float64)
+            rows = connection.execute(
+                "SELECT round, attempt, cohort, outcome FROM attempts WHERE run = ? ORDER BY id", (run,)
+            ).fetchall()
+            records = [
+                {"round": r, "attempt": a, "cohort": json.loads(cohort), "outcome": json.loads(outcome)}
+                for r, a, cohort, outcome in rows
+            ]
+            found[bytes.fromhex(run)] = model, records
+        return found
+    finally:
+        connection.close()
 
 
 def check_budget(world: SimulatedWorld, name: str) -> None:

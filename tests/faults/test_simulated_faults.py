@@ -11,7 +11,7 @@ import pytest
 from faults.disk import When
 from faults.invariants import check, check_everything, check_progress
 from faults.network import Packet
-from faults.world import SimulatedWorld
+from faults.world import WRITES, SimulatedWorld
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -25,7 +25,14 @@ from hypothesis.stateful import (
 
 SITES = tuple(f"site-{i}" for i in range(1, 5))
 SITE_POINTS = ("", "commit ledger.db", "rename ledger.db.head", "rename latch.json", "rename usage.json")
-AGGREGATOR_POINTS = ("", "rename federation.json", "rename state.safetensors", "rename state.json")
+AGGREGATOR_POINTS = (
+    "",
+    "rename federation.json",
+    "rename model.safetensors",
+    "commit aggregator.db",
+    *(f"commit {name}" for name in WRITES if name not in ("move", "computed")),
+    *(f"commit move {state}" for state in ("shares", "masked", "survivors", "unmask", "keys", "waiting")),
+)
 sites = st.sampled_from(SITES)
 delays = st.sampled_from((0.0, 0.5, 3.0, 12.0, 40.0, 90.0))
 numbers = st.integers(0, 200)
@@ -83,6 +90,8 @@ class Faults(RuleBasedStateMachine):
     def go_on(self, steps: int) -> None:
         for _ in range(steps):
             self.world.step()
+            if self.world.surprises:
+                return
 
     def packet(self, number: int, *kinds: str) -> Packet | None:
         packets = [p for p in self.world.network.deliverable(self.world.stage.now) if p.what in kinds]
@@ -149,7 +158,7 @@ class Faults(RuleBasedStateMachine):
 
     # --- machines -----------------------------------------------------------------------------------------------------
 
-    @rule(name=sites, then=then)
+    @rule(name=st.sampled_from((*SITES, "aggregator")), then=then)
     def disk_full(self, name: str, then: int) -> None:
         self.fault("disk full").fill_disk(name)
         self.go_on(then)

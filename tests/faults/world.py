@@ -30,7 +30,10 @@ from faults.disk import Disks, Trap, When, watched
 from faults.network import Broken, Call, Kind, Network, Packet, SimulatedTransport
 
 from fedsecure.aggregator.coordinator import Coordinator
-from fedsecure.client import Client
+from fedsecure.aggregator.database import Database
+from fedsecure.aggregator.happenings import Happening
+from fedsecure.aggregator.store import RunStore, begin, unfinished
+from fedsecure.client import Client, Receipt
 from fedsecure.config import (
     DatasetConfig,
     EncoderConfig,
@@ -45,6 +48,7 @@ from fedsecure.config import (
 )
 from fedsecure.data.loading import read_feature_header
 from fedsecure.errors import FedsecureError, IdentityError, RunError, TransportError
+from fedsecure.files import make_folder
 from fedsecure.identity.provision import Identity, load_identity, provision
 from fedsecure.messages import Query
 from fedsecure.methods import registry
@@ -52,6 +56,8 @@ from fedsecure.privacy.ledger import Ledger, Limit
 from fedsecure.wire import federation_pb2 as pb
 
 CLASSES = ("a", "b", "c")
+DIMENSION = 8
+PARAMETERS = DIMENSION * len(CLASSES)
 UNITS = 4
 POLL_SECONDS = 10.0
 TICK_SECONDS = 1.0
@@ -67,11 +73,13 @@ ENDINGS = {
     "FS-1454": "the certificate is revoked",
     "FS-1501": "no answer for connect_seconds",
     "FS-1703": "an earlier process of the site still counts as there",
-    "FS-1705": "the session is forgotten",
     "FS-1709": "the run was given up",
     "FS-1711": "nothing of use for wait_seconds",
+    "FS-1737": "the run has ended while the site was cut off, and another one has begun",
     "FS-1802": "no room for the site's own files",
 }
+
+DISK = ("FS-1250", "FS-1255", "FS-1263", "FS-1349", "FS-1802")
 
 
 @dataclass(slots=True)
@@ -122,9 +130,9 @@ def ground(sites: int, rounds: int, prepared: int) -> Ground:
     provision(folder / "keys", federation="world", sites=dict.fromkeys(names, "train"), hosts=("localhost",))
     rng = np.random.default_rng(0)
     features = folder / "features.npz"
-    arrays: dict[str, Any] = {"classes": np.array(CLASSES), "text": rng.normal(size=(3, 8)).astype(np.float32)}
+    arrays: dict[str, Any] = {"classes": np.array(CLASSES), "text": rng.normal(size=(3, DIMENSION)).astype(np.float32)}
     for split in ("train", "test"):
-        arrays[f"{split}_x"] = rng.normal(size=(UNITS * sites, 8)).astype(np.float32)
+        arrays[f"{split}_x"] = rng.normal(size=(UNITS * sites, DIMENSION)).astype(np.float32)
         arrays[f"{split}_y"] = np.arange(UNITS * sites, dtype=np.int64) % 3
     np.savez(features, **arrays)
     header = read_feature_header(features)
@@ -132,7 +140,7 @@ def ground(sites: int, rounds: int, prepared: int) -> Ground:
     settings = RunSettings(
         name="world",
         classes=CLASSES,
-        encoder=EncoderConfig(model="features", pretrained="file", dimension=8, fingerprint=header.fingerprint),
+        encoder=EncoderConfig(model="features", pretrained="file", dimension=DIMENSION, fingerprint=header.fingerprint),
         method=MethodConfig(name="basis", rounds=rounds, local_steps=1),
         privacy=PrivacyConfig(
             noise_multiplier=40.0, unit="record", max_records_per_unit=1, noise="local", minimum_signal_to_noise=0.0
@@ -180,9 +188,13 @@ class SimulatedWorld:
         self.names = list(self.ground.settings.sites)
         self.aggregator = Process("aggregator")
         self.core: Coordinator | None = None
+        self.database: Database | None = None
+        self.happened: list[Happening] = []
+        self.receipts: list[tuple[str, bytes, Receipt]] = []
         self.core_over_at = 0.0
         self.processes: dict[str, SiteProcess] = {}
         self.revoked: set[str] = set()
+        self.filled: set[str] = set()  # whose disk was full at some time
         self.stopped: set[str] = set()  # sites that nobody starts again
         self.parked: list[Call] = []
         self.uploading: set[str] = set()
@@ -195,10 +207,12 @@ class SimulatedWorld:
         self.log: list[str] = []
         self.steps = 0
         self._calls = 0
+        self._starts = 0
         self.healthy = False
         self._patches.enter_context(patch("fedsecure.site.line.time", self.stage.time()))
         self._patches.enter_context(patch("fedsecure.site.line.threading", self.stage.threading()))
         self._patches.enter_context(patch("fedsecure.privacy.ledger_store.utc_now", self._utc_now))
+        self._patches.enter_context(named_commits(self.disks))
         self._patches.enter_context(watched(self.disks))
         self.start_aggregator()
         for name in self.names:
@@ -422,7 +436,8 @@ class SimulatedWorld:
             return
         self.log.append("start aggregator")
         self.aggregator = Process("aggregator")
-        run = hashlib.sha256(b"run %d" % len(self.runs)).digest()[:16]
+        self._starts += 1
+        run = hashlib.sha256(b"run %d" % self._starts).digest()[:16]
         config = FederationConfig(
             **self.ground.settings.model_dump(),
             state=self.folder / "aggregator",
@@ -430,9 +445,22 @@ class SimulatedWorld:
             encoder_file=self.ground.features,
         )
         self.stage.owner = self.aggregator
+
+        def clock() -> float:
+            return self.stage.now
+
         try:
-            self.core = Coordinator(config, self.ground.identities["aggregator"], run=run, now=self.stage.now)
-            self.runs.append(run)
+            self.database = Database("", make_folder(config.state))
+            store = unfinished(self.database, config, clock=clock) or begin(self.database, config, run, clock=clock)
+            self.core = Coordinator(
+                config,
+                self.ground.identities["aggregator"],
+                store=store,
+                now=self.stage.now,
+                listener=self.happened.append,
+            )
+            if self.core.run not in self.runs:
+                self.runs.append(self.core.run)
         except Killed:
             self._aggregator_is_gone()
         except FedsecureError as error:
@@ -450,6 +478,9 @@ class SimulatedWorld:
     def _aggregator_is_gone(self) -> None:
         self.log.append("the aggregator is gone")
         self.core = None
+        if self.database is not None:
+            self.database.close()
+            self.database = None
         self.core_over_at = self.stage.now
         self.disks.traps.pop("aggregator", None)
         self.uploading.clear()
@@ -483,11 +514,14 @@ class SimulatedWorld:
             config = self.site_config(process.name)
             identity = self.ground.identities[process.name]
             with Client(config, identity=identity, transport=process.transport) as client:
-                client.run()
+                for query in client.queries():
+                    receipt = client.answer(query)
+                    self.receipts.append((process.name, client.run_id, receipt))
             process.ended = "complete"
         except FedsecureError as error:
             process.ended = error.code
-            if error.code not in ENDINGS:
+            full = process.name in self.filled
+            if error.code not in ENDINGS or (error.code in DISK and not full):
                 self.surprises.append(f"{process.name}: {error!r}")
         self._ended(process.name, process.ended)
         # Its other threads end with it.
@@ -520,12 +554,13 @@ class SimulatedWorld:
             if process.dead and not process.over_at:
                 self._bury(process)
             if process.dead and now - process.over_at >= RESTART_SECONDS and name not in self.stopped | self.revoked:
-                if self.healthy and process.ended == "FS-1270":
+                if process.ended == "FS-1270" and not self.skews[name]:
                     self._officer(name)
                 self.start_site(name)
         core = self.core
         if core is not None and core.finished(now):
             self._ended("aggregator", "complete" if core.outcome and core.outcome["complete"] else "given up")
+            self._at_aggregator(None, lambda core: core.close())
             self._aggregator_is_gone()
         if self.core is None and now - self.core_over_at >= RESTART_SECONDS and "aggregator" not in self.stopped:
             self.start_aggregator()
@@ -542,6 +577,7 @@ class SimulatedWorld:
         self.steps += 1
         self.log.append(f"fill {name}")
         self.disks.full.add(name)
+        self.filled.add(name)
 
     def free_disk(self, name: str) -> None:
         self.steps += 1
@@ -653,6 +689,30 @@ class SimulatedWorld:
 
 def _revoked() -> IdentityError:
     return IdentityError("FS-1454", "the certificate is revoked", expected="one in the roster", cure="enrol again")
+
+
+# What the aggregator writes down, each a transaction; a transition to a state counts by itself.
+WRITES = ("move", "begin_keys", "open_attempt", "abort_attempt", "sum_attempt", "computed", "end", "close", "take_up")
+
+
+@contextmanager
+def named_commits(disks: Disks) -> Iterator[None]:
+    """The aggregator's commits are boundaries named by what they record: ``commit move shares``."""
+
+    def naming(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
+        def named(*arguments: Any, **keywords: Any) -> Any:
+            disks.doing = f"move {arguments[1]}" if name == "move" else name
+            try:
+                return write(*arguments, **keywords)
+            finally:
+                disks.doing = ""
+
+        return named
+
+    with ExitStack() as patches:
+        for name in WRITES:
+            patches.enter_context(patch.object(RunStore, name, naming(name, getattr(RunStore, name))))
+        yield
 
 
 @contextmanager
