@@ -67,7 +67,7 @@ def test_a_run_ends_although_its_aggregator_is_killed_in_every_phase_and_a_site_
         deployment.serve()
     assert deployment.wait("aggregator") == 0, deployment.logs()
     assert all(deployment.wait(name) == 0 for name in deployment.world.names), deployment.logs()
-    assert {name: deployment.children[name].pid for name in pids} == pids, "the sites' processes were never started again"
+    assert {name: deployment.children[name].pid for name in pids} == pids, "nobody started the sites again"
 
     ((outcome, closed),) = asked(deployment, "SELECT outcome, closed FROM runs")
     assert json.loads(outcome)["complete"]

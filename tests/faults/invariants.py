@@ -66,7 +66,9 @@ def check_sums(world: SimulatedWorld) -> None:
     assert not [number for number, times in counted.items() if times > 1], "an answer was counted twice"
     for site, run, receipt in world.receipts:
         if receipt.released:
-            assert (site, run, receipt.round, receipt.attempt) in released, "a site was told of a sum that is not recorded"
+            assert (site, run, receipt.round, receipt.attempt) in released, (
+                "a site was told of a sum that is not recorded"
+            )
 
 
 def recorded(world: SimulatedWorld) -> dict[bytes, tuple[Vector | None, list[dict[str, Any]]]]:

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
-from faults.invariants import check_everything, check_progress
+from typing import Any
+
+import pytest
+from faults.invariants import check_everything, check_progress, recorded
 from faults.network import Packet
 from faults.test_world import until
 from faults.world import SimulatedWorld, simulated
+
+from fedsecure.secagg.spool import FileSpool
 
 
 def polls(world: SimulatedWorld, name: str) -> list[Packet]:
@@ -32,3 +37,24 @@ def test_a_call_survives_two_restarts_of_the_aggregator_while_it_is_on_its_way()
         check_everything(world)
         assert world.processes["site-3"] is site
         assert not site.dead
+
+
+def test_a_full_disk_at_the_aggregator_is_no_reason_for_a_site_to_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The spool's FS-1349 went to the site that uploaded, which took it for its own disk's and ended."""
+    create, asked = FileSpool.create, []
+
+    def full_once(self: FileSpool, size: int) -> Any:
+        asked.append(size)
+        if len(asked) == 1:
+            raise self._full(size, "No space left on device")
+        return create(self, size)
+
+    with simulated() as world:
+        until(world, lambda: len([p for p in world.network.packets if p.call.kind == "upload"]) == 4)
+        monkeypatch.setattr(FileSpool, "create", full_once)
+        check_progress(world)
+        check_everything(world)
+        assert asked
+        assert not world.endings
+        (attempts,) = [attempts for _, attempts in recorded(world).values()]
+        assert "No space left on device" in attempts[0]["outcome"]["aborted"]
