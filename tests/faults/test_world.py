@@ -26,6 +26,13 @@ def until(world: SimulatedWorld, condition: Callable[[], object], *, steps: int 
     raise AssertionError(f"in vain: {world.waiting()}")
 
 
+def go_on(world: SimulatedWorld, steps: int) -> None:
+    """Step by step, with every check after each."""
+    for _ in range(steps):
+        world.step()
+        check_everything(world)
+
+
 def eventful(world: SimulatedWorld) -> list[str]:
     """A little of everything, always the same."""
     for number in range(12):
@@ -89,9 +96,7 @@ def test_an_upload_that_is_counted_twice_is_seen(monkeypatch: pytest.MonkeyPatch
         world.copy(first, delay=0.5)
         world.hold(other, delay=2.0)
         with pytest.raises(AssertionError):
-            for _ in range(600):
-                world.step()
-                check_everything(world)
+            go_on(world, 600)
 
 
 def test_a_model_that_is_saved_apart_from_its_record_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,9 +111,7 @@ def test_a_model_that_is_saved_apart_from_its_record_is_seen(monkeypatch: pytest
     with simulated() as world:
         world.trap("aggregator", point="commit sum_attempt", when="after", skip=4)
         with pytest.raises(AssertionError, match="model"):
-            for _ in range(1200):
-                world.step()
-                check_everything(world)
+            go_on(world, 1200)
 
 
 def test_a_site_that_answers_an_attempt_again_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
