@@ -12,7 +12,7 @@ from faults.disk import When
 from faults.invariants import check, check_everything, check_progress
 from faults.network import Packet
 from faults.world import WRITES, SimulatedWorld
-from hypothesis import HealthCheck, Phase, settings
+from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
     RuleBasedStateMachine,
@@ -52,6 +52,13 @@ class Tally:
         self.faults = Counter[str]()
         self.killed_at = Counter[tuple[str, str, str]]()
         self.endings = Counter[tuple[str, str]]()
+
+    def __str__(self) -> str:
+        lines = [f"{self.steps} steps in {self.worlds} worlds, {self.sums} sums"]
+        lines.append(f"two more sums within {self.slowest} steps after faults stop")
+        for what, counted in (("faults", self.faults), ("killed", self.killed_at), ("endings", self.endings)):
+            lines += [f"{what}: {count} × {name}" for name, count in counted.most_common()]
+        return "\n".join(lines)
 
 
 TALLY = Tally()
@@ -183,24 +190,39 @@ class Faults(RuleBasedStateMachine):
         check(self.world)
 
 
-def explore(*, worlds: int, rules: int, repeatable: bool) -> None:
-    run_state_machine_as_test(
-        Faults,
-        settings=settings(
-            max_examples=worlds,
-            stateful_step_count=rules,
-            derandomize=repeatable,
-            database=None,
-            deadline=None,
-            phases=(Phase.generate, Phase.shrink),
-            suppress_health_check=list(HealthCheck),
-            print_blob=False,
-        ),
-    )
-
-
-@pytest.mark.timeout(900)
-def test_what_must_hold_holds_whatever_goes_wrong() -> None:
+def explore(*, steps: int, number: int) -> None:
+    """Worlds for at least so many steps, others for each ``number``."""
     before = TALLY.steps
-    explore(worlds=8, rules=40, repeatable=True)
-    assert TALLY.steps - before >= 10_000
+    while TALLY.steps - before < steps:
+
+        class Seeded(Faults):
+            """Hypothesis keeps its seed on the class."""
+
+        run_state_machine_as_test(
+            seed(number)(Seeded),
+            settings=settings(
+                max_examples=4,
+                stateful_step_count=30,
+                database=None,
+                deadline=None,
+                phases=(Phase.generate, Phase.shrink),
+                suppress_health_check=list(HealthCheck),
+                print_blob=False,
+            ),
+        )
+        number += 1
+
+
+@pytest.mark.timeout(1800)
+def test_what_must_hold_holds_whatever_goes_wrong() -> None:
+    explore(steps=10_000, number=0)
+    assert len(TALLY.faults) == 12, "every kind of fault happened"
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("part", range(20))
+def test_a_million_steps(part: int, pytestconfig: pytest.Config) -> None:
+    if not pytestconfig.getoption("--slow"):
+        pytest.skip("takes an hour or two: pytest tests/faults --slow")
+    explore(steps=50_000, number=1_000_000 * (part + 1))
+    print(TALLY)
