@@ -20,7 +20,13 @@ PHASES = ("advertise", "shares", "masked", "survivors", "unmask")
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
-    made = Deployment(tmp_path / "d", rounds=60, waits={"prepared_rounds": 0, "silence_seconds": 10.0})
+    # Every lost attempt is charged, so the plan has to leave room for them.
+    made = Deployment(
+        tmp_path / "d",
+        rounds=40,
+        waits={"prepared_rounds": 0, "silence_seconds": 10.0},
+        privacy={"spare_attempts": 20},
+    )
     yield made
     made.stop()
 
