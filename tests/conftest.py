@@ -21,6 +21,12 @@ settings.register_profile("explore", _PATIENT)
 settings.load_profile("repeatable")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--slow", action="store_true", help="simulate a million steps of faults: pytest tests/faults --slow"
+    )
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The research data folder beside the repository; tests that need it are skipped where there is none."""

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from fedsecure.config import RoundsConfig
-from fedsecure.errors import RoundAborted
+from fedsecure.errors import ProtocolError, RoundAborted, RunError
 from fedsecure.messages import Aggregate, Query
 from fedsecure.privacy.grid import from_grid
 from fedsecure.secagg.descriptor import RoundDescriptor
@@ -45,6 +45,7 @@ class Attempt:
         self.started = now
         self._server = server
         self._waits = waits
+        self._no_room: ProtocolError | None = None
         prepared = server.phase is Phase.MASKED
         self._deadline = now + (waits.training_seconds if prepared else waits.phase_seconds)
 
@@ -60,8 +61,24 @@ class Attempt:
         self._server.receive(site, message)
 
     def buffer(self, site: str, header: bytes) -> memoryview | None:
-        """Room for the vector of a signed header; None where it is counted already; raises ``ProtocolError``."""
-        return self._server.buffer(site, header)
+        """Room for the vector of a signed header; None where it is counted already; raises ``ProtocolError``.
+
+        Raises:
+            RunError: FS-1706 the aggregator's own disk has no room. That is no fault of the site's, and it does not
+                leave over it: the attempt ends, and the site hears why as all others do.
+        """
+        try:
+            return self._server.buffer(site, header)
+        except ProtocolError as error:
+            if error.code != "FS-1349":
+                raise
+            self._no_room = error
+            raise RunError(
+                "FS-1706",
+                "the attempt is over: the aggregator has no room for uploads",
+                expected="room for a vector of each site",
+                cure="none needed; the next attempt brings new keys",
+            ) from error
 
     def receive_masked(self, site: str, header: bytes, payload: memoryview | bytes) -> None:
         """A whole masked vector; raises ``ProtocolError``."""
@@ -76,7 +93,10 @@ class Attempt:
 
         Raises:
             RoundAborted: too few sites are left; names who is missing.
+            ProtocolError: FS-1349 there was no room for an upload.
         """
+        if self._no_room is not None:
+            raise self._no_room
         if now < self._deadline and self._server.waits(alive):
             return None
         if self._server.phase is Phase.UNMASK:

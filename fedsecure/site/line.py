@@ -28,6 +28,8 @@ log = logging.getLogger("fedsecure.client")
 _Reply = TypeVar("_Reply")
 PROTOCOL = 1
 GOODBYE_SECONDS = 2.0
+# New sessions that one call may take.
+_SESSIONS = 5
 # The attempt, or its phase, is over at the aggregator: what becomes of it comes as the next directive.
 _OVER = ("FS-1325", "FS-1706")
 # Reasons that have nothing to do with any record, so others may hear them.
@@ -150,16 +152,21 @@ class Line:
         )
 
     def _again(self, call: Callable[[_Place], _Reply]) -> _Reply:
-        """A call of this session; where an aggregator that was restarted knows none, of a new one in the same run."""
-        place = self._place
-        try:
-            return call(place)
-        except RunError as error:
-            if error.code != "FS-1705" or self._welcome is None or self._left:
-                raise
-            return call(self._join_again(place, self._welcome))
+        """A call of this session; where an aggregator that was restarted knows none, of a new one in the same run.
 
-    def _join_again(self, lost: _Place, welcome: pb.JoinReply) -> _Place:
+        An aggregator can be restarted again while the second call is on its way, so one new session may not be enough.
+        """
+        for _ in range(_SESSIONS):
+            place = self._place
+            try:
+                return call(place)
+            except RunError as error:
+                if error.code != "FS-1705" or self._welcome is None or self._left:
+                    raise
+                self._join_again(place, self._welcome)
+        return call(self._place)
+
+    def _join_again(self, lost: _Place, welcome: pb.JoinReply) -> None:
         """A new session in the same run, once for all threads.
 
         Raises:
@@ -178,7 +185,6 @@ class Line:
                     )
                 log.info("joined again: the aggregator was restarted")
                 self._place = _Place(session)
-            return self._place
 
     def _ask_next(self, place: _Place) -> tuple[_Place, pb.Directive]:
         return place, self.transport.next(pb.NextRequest(session=place.session, after=place.seen))
