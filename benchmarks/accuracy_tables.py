@@ -6,19 +6,28 @@ import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.accuracy_ablation import Ablation, lines
 from benchmarks.accuracy_images import Alignment, ImageAblation, Views
+from benchmarks.accuracy_recorded import as_recorded, recorded_rows, take_cells
 from benchmarks.accuracy_towers import Towers
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone
 from fedsecure.simulation.folders import from_pool
 from fedsecure.simulation.pool import read_pool
-from fedsecure.simulation.simulate import SimulationOptions, Step, finished_rows, open_results, read_row, simulate
+from fedsecure.simulation.simulate import (
+    SimulationOptions,
+    Step,
+    finished_rows,
+    listed,
+    open_results,
+    read_row,
+    simulate,
+)
 
 INF = math.inf
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, INF)
@@ -41,6 +50,9 @@ class Part(Protocol):
     def finished(self) -> list[Row]:
         """Rows of what is finished; nothing is run."""
 
+    def take(self, rows: Sequence[Row]) -> list[Row] | None:
+        """Take recorded runs as finished; returns the rows where all are recorded, so that none has to be run."""
+
 
 @dataclass(frozen=True, slots=True)
 class Federated:
@@ -59,6 +71,9 @@ class Federated:
 
     def finished(self) -> list[Row]:
         return finished_rows(self.options)
+
+    def take(self, rows: Sequence[Row]) -> None:
+        take_cells(self.options, rows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +109,10 @@ class Alone:
         kept = (read_row(o.out, file.stem) for file in sorted((o.out / "cells").glob("*.json")))
         return [row for row in kept if row and row["method"] == self.name and row["partition"] in o.partitions]
 
+    def take(self, rows: Sequence[Row]) -> list[Row] | None:
+        own = [row for row in rows if row["method"] == self.name and row["partition"] in self.options.partitions]
+        return own if len(own) == self.cells else None
+
 
 @dataclass(frozen=True, slots=True)
 class Example:
@@ -107,18 +126,41 @@ class Example:
         # An empty value is a flag.
         return ["examples/facmic.py", *(part for item in self.given.items() for part in item if part)]
 
-    cells: int = 1
+    @property
+    def cells(self) -> int:
+        return len(listed(self.given["--method"])) * len(listed(self.given["--epsilon"])) * int(self.given["--seeds"])
 
     def run(self, watch: Watch) -> list[Row]:
-        watch(Step(0, 1, " ".join(self.command)))
+        watch(Step(0, self.cells, " ".join(self.command)))
         subprocess.run([sys.executable, *self.command, "--out", str(self.out)], check=True, stdout=sys.stderr)
         return self.finished()
 
     def finished(self) -> list[Row]:
-        from benchmarks.accuracy_page import read_rows
+        return recorded_rows(self.out, "results")
 
-        file = self.out / "results.csv"
-        return read_rows(file) if file.exists() else []
+    def take(self, rows: Sequence[Row]) -> list[Row] | None:
+        own = [row for row in rows if row["method"] in listed(self.given["--method"])]
+        return own if len(own) == self.cells else None
+
+
+@dataclass(frozen=True, slots=True)
+class Recorded:
+    """Runs that are all recorded."""
+
+    rows: Sequence[Row]
+
+    @property
+    def cells(self) -> int:
+        return len(self.rows)
+
+    def run(self, watch: Watch) -> list[Row]:
+        return self.finished()
+
+    def finished(self) -> list[Row]:
+        return list(self.rows)
+
+    def take(self, rows: Sequence[Row]) -> None:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +176,7 @@ class Table:
         drawn: whether a plot is made.
         columns: scores shown, a line an ε; without it there is a column an ε.
         lines: what makes lines of rows where neither fits.
+        recorded: runs that keep their figures; see :meth:`growing`.
     """
 
     slug: str
@@ -144,6 +187,7 @@ class Table:
     drawn: bool = False
     columns: Mapping[str, str] | None = None
     lines: Callable[[Sequence[Row]], Iterable[str]] | None = None
+    recorded: Sequence[Row] = ()
 
     @property
     def cells(self) -> int:
@@ -151,7 +195,13 @@ class Table:
 
     def finished(self) -> list[Row]:
         """Rows of what is finished; nothing is run."""
-        return [row for part in self.parts for row in part.finished()]
+        return as_recorded([row for part in self.parts for row in part.finished()], self.recorded)
+
+    def growing(self, rows: Sequence[Row]) -> Table:
+        """The table with its recorded runs taken as finished."""
+        taken = ((part, part.take(rows)) for part in self.parts)
+        parts = tuple(part if whole is None else Recorded(whole) for part, whole in taken)
+        return replace(self, parts=parts, recorded=rows)
 
 
 def settings(data: Path, out: Path, name: str, **changes: Any) -> SimulationOptions:
