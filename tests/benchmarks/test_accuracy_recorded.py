@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -12,6 +14,8 @@ from by_file import load
 from federation_world import write_features
 
 from fedsecure.simulation.simulate import SimulationOptions, simulate
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -124,3 +128,10 @@ def test_the_page_says_which_runs_are_of_which_day(page: ModuleType) -> None:
     old, new = page.dated([{"date": "2026-11-21"}, {"seed": 0}])
     assert old["date"] == "2026-11-21"
     assert new["date"] > "2026-11-21"
+
+
+def test_growing_needs_a_page() -> None:
+    command = [sys.executable, "-m", "benchmarks.accuracy", "--data", "nowhere", "--grow", "--list"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode != 0
+    assert "--page" in done.stderr
