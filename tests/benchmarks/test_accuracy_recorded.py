@@ -24,6 +24,11 @@ def tables(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 
 @pytest.fixture
+def recording(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    return load("benchmarks/accuracy_recorded.py", monkeypatch)
+
+
+@pytest.fixture
 def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return load("benchmarks/accuracy_page.py", monkeypatch)
 
@@ -36,22 +41,22 @@ def options(tmp_path: Path) -> SimulationOptions:
     )
 
 
-def recorded(tables: ModuleType, page: ModuleType, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def recorded(recording: ModuleType, page: ModuleType, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """Rows after their way through a CSV file beside a page."""
     page.keep(SimpleNamespace(slug="some", drawn=False), rows, folder=folder)
-    found: list[dict[str, Any]] = tables.recorded_rows(folder, "some")
+    found: list[dict[str, Any]] = recording.recorded_rows(folder, "some")
     return found
 
 
 def test_only_what_is_not_recorded_is_run(
-    tables: ModuleType, page: ModuleType, options: SimulationOptions, tmp_path: Path
+    tables: ModuleType, recording: ModuleType, page: ModuleType, options: SimulationOptions, tmp_path: Path
 ) -> None:
     (ran,) = simulate(options, watch=lambda step: None)["rows"]
     old = {**ran, "accuracy": 0.125, "date": "2026-11-21", "cell": "of an earlier release"}
-    rows = recorded(tables, page, [old], tmp_path / "page")
+    rows = recorded(recording, page, [old], tmp_path / "page")
     part = tables.Federated(replace(options, out=tmp_path / "second", seeds=2))
     table = tables.Table("some", "", (part,)).growing(rows)
-    done = tables.simulate(part.options, watch=lambda step: None)
+    done = simulate(part.options, watch=lambda step: None)
     assert (done["computed"], done["reused"]) == (1, 1)
     kept, new = table.finished()
     assert (kept["accuracy"], kept["date"], kept["cell"]) == (0.125, "2026-11-21", "of an earlier release")
