@@ -23,7 +23,7 @@ import numpy as np
 
 from benchmarks.accuracy_page import interval, spread
 from benchmarks.accuracy_study import folds
-from benchmarks.accuracy_work import Work, finished_work, work_off
+from benchmarks.accuracy_work import Work, finished_work, take_work, work_off
 from fedsecure.learning.adapters import AdapterSpec, Vector
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.evaluation import accuracy, counts
@@ -174,6 +174,10 @@ class Ablation:
     def finished(self) -> list[dict[str, Any]]:
         pool, _ = self._parts()
         return finished_work(self.out, self._work(), key=partial(self._key, pool))
+
+    def take(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        pool, _ = self._parts()
+        take_work(self.out, self._work(), rows, key=partial(self._key, pool))
 
     def _work(self) -> list[Work]:
         names = tuple(CHANGES) if self.kind == "linear" else FEWER

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -22,7 +22,7 @@ import numpy as np
 
 from benchmarks.accuracy_ablation import DEPLOYED, STEPS, multiplier
 from benchmarks.accuracy_study import NORM, descend
-from benchmarks.accuracy_work import Work, finished_work, work_off
+from benchmarks.accuracy_work import Work, finished_work, take_work, work_off
 from fedsecure.data.arrays import from_arrays
 from fedsecure.data.dataset import Features, Labels, Subset
 from fedsecure.data.phantoms import CLASSES, SITES, generate
@@ -214,6 +214,9 @@ class ImageAblation:
 
     def finished(self) -> list[dict[str, Any]]:
         return finished_work(self.out, self._work(), key=self._key)
+
+    def take(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        take_work(self.out, self._work(), rows, key=self._key)
 
     def _work(self) -> list[Work]:
         return list(product(self.study.changes, self.epsilons, range(FOLDS)))

@@ -12,6 +12,7 @@ import math
 import os
 import platform
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -35,10 +36,12 @@ def read_rows(file: Path) -> list[dict[str, Any]]:
     """The rows of a CSV file of results, numbers as numbers and empty cells as None."""
 
     def value(text: str) -> Any:
-        try:
-            return float(text) if text else None
-        except ValueError:
-            return text
+        for kind in (int, float):
+            try:
+                return kind(text) if text else None
+            except ValueError:
+                continue
+        return text
 
     with file.open(newline="", encoding="utf-8") as stream:
         return [{name: value(text) for name, text in row.items()} for row in csv.DictReader(stream)]
@@ -51,7 +54,7 @@ def render(table: Table, rows: Sequence[Row]) -> str:
     seconds = statistics.median(float(row["wall_seconds"]) for row in rows)
     runs = f"{len(rows)} runs, median {seconds:.0f} s each" if len(rows) > 1 else f"one run, {seconds:.0f} s"
     lines = [
-        f"`python -m benchmarks.accuracy --data FOLDER --only {table.slug}`, {date_and_machine()},",
+        f"`python -m benchmarks.accuracy --data FOLDER --only {table.slug}`, {dates(rows)}, {machine()},",
         f"{said}, {runs}.",
         "",
     ]
@@ -64,9 +67,22 @@ def render(table: Table, rows: Sequence[Row]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def date_and_machine() -> str:
-    """Today and here."""
-    return f"{datetime.now(UTC).date()}, {os.cpu_count()} shared cores ({platform.machine()})"
+def dated(rows: Sequence[Row]) -> list[dict[str, Any]]:
+    """Rows with the day their run was first recorded: today for one that has none."""
+    today = str(datetime.now(UTC).date())
+    return [{**row, "date": row.get("date") or today} for row in rows]
+
+
+def dates(rows: Sequence[Row]) -> str:
+    """The days of the runs, and how many were of each where there are several."""
+    counted = sorted(Counter(str(row["date"]) for row in rows).items())
+    if len(counted) == 1:
+        return counted[0][0]
+    return " and ".join(f"{day} ({count} run{'s' if count > 1 else ''})" for day, count in counted)
+
+
+def machine() -> str:
+    return f"{os.cpu_count()} shared cores ({platform.machine()})"
 
 
 def _by_epsilon(table: Table, rows: Sequence[Row]) -> Iterator[str]:

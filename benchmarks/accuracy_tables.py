@@ -3,122 +3,24 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from benchmarks.accuracy_ablation import Ablation, lines
 from benchmarks.accuracy_images import Alignment, ImageAblation, Views
+from benchmarks.accuracy_parts import Alone, Example, Federated, Part, Recorded, Row
+from benchmarks.accuracy_recorded import as_recorded
 from benchmarks.accuracy_towers import Towers
 from fedsecure.methods.registry import load_training_method
-from fedsecure.simulation import alone
-from fedsecure.simulation.folders import from_pool
-from fedsecure.simulation.pool import read_pool
-from fedsecure.simulation.simulate import SimulationOptions, Step, finished_rows, open_results, read_row, simulate
+from fedsecure.simulation.simulate import SimulationOptions
 
 INF = math.inf
 EPSILONS = (0.5, 1.0, 2.0, 4.0, 8.0, INF)
 FEW = (1.0, 8.0, INF)
 SEEDS = 5
 SKEWS = ("dirichlet:0.1", "dirichlet:0.5", "quantity:0.5")
-Row = dict[str, Any]
-Watch = Callable[[Step], None]
-
-
-class Part(Protocol):
-    """Some of a table's runs."""
-
-    @property
-    def cells(self) -> int: ...
-
-    def run(self, watch: Watch) -> list[Row]:
-        """Their rows; what is finished is read."""
-
-    def finished(self) -> list[Row]:
-        """Rows of what is finished; nothing is run."""
-
-
-@dataclass(frozen=True, slots=True)
-class Federated:
-    """Runs of ``fedsecure simulate``."""
-
-    options: SimulationOptions
-
-    @property
-    def cells(self) -> int:
-        o = self.options
-        return len(o.methods) * len(o.partitions) * len(o.noises) * len(o.epsilons) * o.seeds
-
-    def run(self, watch: Watch) -> list[Row]:
-        rows: list[Row] = simulate(self.options, watch=watch)["rows"]
-        return rows
-
-    def finished(self) -> list[Row]:
-        return finished_rows(self.options)
-
-
-@dataclass(frozen=True, slots=True)
-class Alone:
-    """Every site by itself."""
-
-    name: str
-    options: SimulationOptions
-
-    @property
-    def cells(self) -> int:
-        return len(self.options.epsilons) * self.options.seeds
-
-    def run(self, watch: Watch) -> list[Row]:
-        o = self.options
-        assert o.features is not None
-        (partition,), kept = o.partitions, open_results(o.out)
-        pool = read_pool(o.features, train=o.train, test=o.test, centre=o.centre)
-        names = [f"site-{index + 1}" for index in range(o.sites)]
-        rows = []
-        for done, (epsilon, seed) in enumerate(product(o.epsilons, range(o.seeds))):
-            watch(Step(done, self.cells, f"{self.name}, {partition}, ε = {epsilon:g}, seed {seed}"))
-            experiment = from_pool(pool, names, partition=partition, seed=seed)
-            rows.append(
-                alone.run_alone(
-                    experiment, self.name, out=kept, epsilon=epsilon, seed=seed, delta=o.delta, partition=partition
-                )
-            )
-        return rows
-
-    def finished(self) -> list[Row]:
-        o = self.options
-        kept = (read_row(o.out, file.stem) for file in sorted((o.out / "cells").glob("*.json")))
-        return [row for row in kept if row and row["method"] == self.name and row["partition"] in o.partitions]
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """A run of ``examples/facmic.py``, in a process of its own; its rows are those of its CSV file."""
-
-    given: Mapping[str, str]
-    out: Path
-
-    @property
-    def command(self) -> list[str]:
-        # An empty value is a flag.
-        return ["examples/facmic.py", *(part for item in self.given.items() for part in item if part)]
-
-    cells: int = 1
-
-    def run(self, watch: Watch) -> list[Row]:
-        watch(Step(0, 1, " ".join(self.command)))
-        subprocess.run([sys.executable, *self.command, "--out", str(self.out)], check=True, stdout=sys.stderr)
-        return self.finished()
-
-    def finished(self) -> list[Row]:
-        from benchmarks.accuracy_page import read_rows
-
-        file = self.out / "results.csv"
-        return read_rows(file) if file.exists() else []
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +36,7 @@ class Table:
         drawn: whether a plot is made.
         columns: scores shown, a line an ε; without it there is a column an ε.
         lines: what makes lines of rows where neither fits.
+        recorded: runs that keep their figures; see :meth:`growing`.
     """
 
     slug: str
@@ -144,6 +47,7 @@ class Table:
     drawn: bool = False
     columns: Mapping[str, str] | None = None
     lines: Callable[[Sequence[Row]], Iterable[str]] | None = None
+    recorded: Sequence[Row] = ()
 
     @property
     def cells(self) -> int:
@@ -151,7 +55,13 @@ class Table:
 
     def finished(self) -> list[Row]:
         """Rows of what is finished; nothing is run."""
-        return [row for part in self.parts for row in part.finished()]
+        return as_recorded([row for part in self.parts for row in part.finished()], self.recorded)
+
+    def growing(self, rows: Sequence[Row]) -> Table:
+        """The table with its recorded runs taken as finished."""
+        taken = ((part, part.take(rows)) for part in self.parts)
+        parts = tuple(part if whole is None else Recorded(whole) for part, whole in taken)
+        return replace(self, parts=parts, recorded=rows)
 
 
 def settings(data: Path, out: Path, name: str, **changes: Any) -> SimulationOptions:
@@ -290,8 +200,9 @@ def tables(data: Path, out: Path) -> list[Table]:
                 ucf("skew", "linear", partitions=SKEWS),
                 ucf("local", "linear", noises=("local",)),
                 ucf("local", "linear", epsilons=FEW, partitions=SKEWS, noises=("local",)),
-                ucf("iid", "facmic", epsilons=(8.0,), seeds=1),
-                ucf("skew", "facmic", epsilons=(8.0,), seeds=1, partitions=(SKEWS[0], SKEWS[2])),
+                ucf("iid", "facmic", epsilons=(8.0,)),
+                ucf("skew", "facmic", epsilons=(8.0,), seeds=3, partitions=(SKEWS[0], SKEWS[2])),
+                ucf("local", "facmic", epsilons=(8.0,), seeds=3, noises=("local",)),
                 by_itself("iid"),
                 by_itself(SKEWS[0]),
             ),
@@ -316,8 +227,9 @@ def tables(data: Path, out: Path) -> list[Table]:
                 ucf("three-skew", "linear", partitions=SKEWS, **three),
                 ucf("three-local", "linear", noises=("local",), **three),
                 ucf("three-local", "linear", epsilons=FEW, partitions=SKEWS, noises=("local",), **three),
+                ucf("three", "facmic", epsilons=(8.0,), seeds=3, **three),
             ),
-            label=("noise", "partition"),
+            label=("method", "noise", "partition"),
         ),
         Table(
             "ucf101-iid",

@@ -89,6 +89,10 @@ class Towers:
         kept = (read_row(self.out / "scored", row["cell"]) for row in finished_rows(self._options))
         return [row for row in kept if row is not None]
 
+    def take(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]] | None:
+        own = [dict(row) for row in rows if row["method"] == self.method]
+        return own if len(own) == self.cells else None
+
     @property
     def _federation(self) -> Path:
         return self.out / "layout" / "federation" / "aggregator" / "federation.toml"

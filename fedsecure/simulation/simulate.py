@@ -145,9 +145,14 @@ def simulate(options: SimulationOptions, *, watch: Watch) -> dict[str, Any]:
     }
 
 
+def planned_cells(options: SimulationOptions) -> list[Cell]:
+    """Every cell of the grid; nothing is run or written. Raises as :func:`simulate`."""
+    return _grid(options, _source(options))
+
+
 def finished_rows(options: SimulationOptions) -> list[dict[str, Any]]:
     """The rows of those cells that are finished; nothing is run or written. Raises as :func:`simulate`."""
-    rows = (read_row(options.out, cell.key) for cell in _grid(options, _source(options)))
+    rows = (read_row(options.out, cell.key) for cell in planned_cells(options))
     return [row for row in rows if row is not None]
 
 

@@ -24,7 +24,14 @@ def page(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 def rows() -> list[dict[str, Any]]:
     scores = {("linear", 1.0): [0.60, 0.62, 0.61], ("facmic", 1.0): [0.58, 0.61, 0.58], ("linear", math.inf): [0.8]}
     return [
-        {"method": method, "epsilon": epsilon, "seed": seed, "accuracy": accuracy, "wall_seconds": 3.0}
+        {
+            "method": method,
+            "epsilon": epsilon,
+            "seed": seed,
+            "accuracy": accuracy,
+            "wall_seconds": 3.0,
+            "date": "2026-11-21",
+        }
         for (method, epsilon), found in scores.items()
         for seed, accuracy in enumerate(found)
     ]
