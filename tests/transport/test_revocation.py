@@ -150,7 +150,7 @@ def test_a_revocation_during_a_wait_withholds_the_answer(served: Served) -> None
 
     waiting = threading.Thread(target=wait)
     waiting.start()
-    while not served.service._calls["site-1"]:
+    while not served.service._limits.calls("site-1"):
         threading.Event().wait(0.01)
     revoke(served, "site-1")
     # The others complete the cohort, which would be the first question's moment.
