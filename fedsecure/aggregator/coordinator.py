@@ -142,6 +142,10 @@ class Coordinator:
         if leaving:
             self._account.tell("site-left", site=site, code=self.sessions.leaving(site))
 
+    def refused(self, site: str, code: str) -> None:
+        """A call of a site broke a rule; ``site`` is empty for a stranger."""
+        self._account.tell("site-refused", site=site or "a stranger", code=code)
+
     def gone(self, site: str, token: bytes, now: float) -> None:
         """The session's connection broke: two seconds' grace, then it counts as silent until it is heard again."""
         self.sessions.gone(site, token, now)
@@ -528,7 +532,10 @@ class Coordinator:
                 self._account.end(outcome)
             except FedsecureError as worse:
                 log.warning("the end of the run is not in the database: %s", worse)
-        self._account.tell("run-ended", complete=False, code=error.code, reason=error.found, final=final)
+        try:
+            self._account.tell("run-ended", complete=False, code=error.code, reason=error.found, final=final)
+        except FedsecureError as worse:
+            log.warning("the end of the run is not in the audit log: %s", worse)
         self._say_the_end(outcome, now)
 
     def _say_the_end(self, outcome: dict[str, Any], now: float) -> None:

@@ -57,6 +57,11 @@ class House:
     def beat(self, site: str, token: bytes, now: float, leaving: str = "") -> None:
         self._core(token).beat(site, token, now, leaving)
 
+    def refused(self, site: str, code: str) -> None:
+        for core in self.runs:
+            if not site or site in core.settings.sites:
+                core.refused(site, code)
+
     def gone(self, site: str, token: bytes, now: float) -> None:
         self._core(token).gone(site, token, now)
 

@@ -23,11 +23,17 @@ from fedsecure.identity.provision import Identity
 class Listening:
     """One listener for all of them; :meth:`close` once the run has ended."""
 
+    _audit: Listener
     _tell: Listener
     _closers: list[Callable[[], None]] = field(default_factory=list)
 
     def __call__(self, happening: Happening) -> None:
-        """Tell everybody, the audit log first; who fails is logged and keeps nobody else from hearing."""
+        """Tell everybody, the audit log first; of the others, who fails is logged and keeps nobody from hearing.
+
+        Raises:
+            EnvironmentProblem: FS-1820 … FS-1822 the audit log cannot be written: nothing goes on unrecorded.
+        """
+        self._audit(happening)
         self._tell(happening)
 
     def close(self) -> None:
@@ -51,7 +57,7 @@ def listening(config: FederationConfig, identity: Identity, *, run: str, metrics
     key = identity.signing_key
     audit = AuditLog(config.state / "audit.log", sign=lambda body: keys.sign(key, PURPOSE, body))
     audit.head()  # a log that cannot be written ends the program here, and not in the middle of a run
-    listeners: list[Listener] = [AuditTrail(audit), LogLines()]
+    listeners: list[Listener] = [LogLines()]
     closers: list[Callable[[], None]] = []
     wanted = config.telemetry
     if metrics is not None:
@@ -74,7 +80,7 @@ def listening(config: FederationConfig, identity: Identity, *, run: str, metrics
         tracked = MLflow(wanted.mlflow, config.name)
         listeners.append(tracked)
         closers.append(tracked.close)
-    return Listening(tell_all(listeners), closers)
+    return Listening(AuditTrail(audit), tell_all(listeners), closers)
 
 
 __all__ = ["Listening", "listening"]

@@ -21,6 +21,7 @@ from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.database import open_database
 from fedsecure.aggregator.enrolment import members
 from fedsecure.aggregator.house import House
+from fedsecure.aggregator.listening import listening
 from fedsecure.aggregator.metrics import Metrics
 from fedsecure.aggregator.service import Service, start
 from fedsecure.aggregator.store import begin, unfinished
@@ -83,21 +84,27 @@ async def _serve_runs(
     announce: Announce,
     watch: Watch,
 ) -> list[dict[str, Any]]:
-    runs = [held.enter_context(_run(config, identity)) for config in configs]
+    pairs = [held.enter_context(_run(config, identity)) for config in configs]
+    runs, metrics = [core for core, _ in pairs], [one for _, one in pairs]
     house = House(runs)
-    metrics = [Metrics(core.run.hex()) if core.config.metrics else None for core in runs]
-    for core, one in zip(runs, metrics, strict=True):
+    for core, one in pairs:
         if one:
+            one.certificate(
+                "aggregator", certificates.parse(identity.certificate, "own").not_valid_after_utc.timestamp()
+            )
             answering = one.serve(core.config.metrics)
             held.callback(answering.close)
     server, service, port = await start(house, identity, configs[0].listen, standing=standing)
+    for one in metrics:
+        if one:
+            one.readiness.ready()
     address = f"{configs[0].listen.rpartition(':')[0]}:{port}"
     for core in runs:
         write_whole(core.config.state / "address", address.encode())
         announce(address, core.run)
 
     def look() -> None:
-        for core, one in zip(runs, metrics, strict=True):
+        for core, one in pairs:
             status = core.status(time.monotonic())
             watch(status)
             if one:
@@ -151,12 +158,17 @@ async def _until_the_end(service: Service, runs: Sequence[Coordinator], look: Ca
 
 
 @contextmanager
-def _run(config: FederationConfig, identity: Identity) -> Iterator[Coordinator]:
-    """The run of a file: the one that is not over, or a new one."""
+def _run(config: FederationConfig, identity: Identity) -> Iterator[tuple[Coordinator, Metrics | None]]:
+    """The run of a file, the one that is not over or a new one, and its metrics if anybody may ask for them."""
     database = open_database(config)
     try:
         store = unfinished(database, config) or begin(database, config, os.urandom(16))
-        yield Coordinator(config, identity, store=store, now=time.monotonic())
+        metrics = Metrics(store.run.hex()) if config.metrics else None
+        heard = listening(config, identity, run=store.run.hex(), metrics=metrics)
+        try:
+            yield Coordinator(config, identity, store=store, now=time.monotonic(), listener=heard), metrics
+        finally:
+            heard.close()
     finally:
         database.close()
 

@@ -30,16 +30,21 @@ class Refusals:
     def __init__(self) -> None:
         self._kinds: dict[tuple[str, str], Kind] = {}
 
-    def note(self, site: str, error: FedsecureError, now: float) -> None:
-        """Log a refusal, or count it; ``site`` is empty where the caller is not in the roster."""
+    def note(self, site: str, error: FedsecureError, now: float) -> bool:
+        """Log a refusal, or count it; ``site`` is empty where the caller is not in the roster.
+
+        Returns:
+            Whether it is worth telling those who listen to the run: the first of its kind in a minute, and a real one.
+        """
         kind = self._kinds.get((site, error.code))
         if kind is not None and now - kind.said < QUIET_SECONDS:
             kind.since += 1
-            return
+            return False
         more = f" ({kind.since} more like this since the last such line)" if kind is not None and kind.since else ""
         self._kinds[site, error.code] = Kind(now)
         level = logging.INFO if error.code in _QUIET else logging.WARNING
         log.log(level, "refused %s: %s: %s%s", site or "a stranger", error.code, printable(error.found), more)
+        return level == logging.WARNING
 
 
 __all__ = ["Refusals"]

@@ -276,7 +276,8 @@ class _Call:
                 cure="see the aggregator's log for this time",
             )
         service, code = self._service, grpc.StatusCode.FAILED_PRECONDITION
-        service._refusals.note(self._site, error, time.monotonic())
+        if service._refusals.note(self._site, error, time.monotonic()):
+            service._core.refused(self._site, error.code)
         if error.code in RETRY_AFTER:
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             # Whoever does not wait as he is asked to waits here, so that a flood is as slow as its answers.

@@ -80,6 +80,7 @@ class Line:
         self._left = False
         self._pulse = threading.Event()
         self._joining = threading.Lock()
+        self._elsewhere: RunError | None = None
 
     # --- the session ------------------------------------------------------------------------------------------------
 
@@ -173,16 +174,21 @@ class Line:
             RunError: FS-1737 the aggregator serves another run now, or other settings.
         """
         with self._joining:
+            if self._elsewhere is not None:
+                raise self._elsewhere
             if self._place is lost:
                 session = os.urandom(16)
                 reply = self._ask_to_join(session)
                 if (reply.run, reply.settings_json) != (welcome.run, welcome.settings_json):
-                    raise RunError(
+                    self._elsewhere = RunError(
                         "FS-1737",
                         "the aggregator was restarted and serves another run now",
                         expected=f"run {welcome.run.hex()[:8]}, which this site has joined",
                         cure="join again; what was charged stays charged",
                     )
+                    # That run must not wait for a session nobody has.
+                    self.transport.beat(pb.BeatRequest(session=session, leaving=self._elsewhere.code))
+                    raise self._elsewhere
                 log.info("joined again: the aggregator was restarted")
                 self._place = _Place(session)
 
