@@ -35,6 +35,7 @@ from fedsecure.privacy.noise import PrivacyRng, SeededRng
 from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.secagg.client import SecAggClient
 from fedsecure.secagg.latch import FileLatch
+from fedsecure.site.diary import Diary
 from fedsecure.site.line import Line, Moment, Progress
 from fedsecure.site.membership import Membership, accept_welcome, check_identity
 from fedsecure.site.questions import Question, accept, accept_set_up
@@ -103,6 +104,7 @@ class Client:
         self._transport = transport
         self._progress = progress or (lambda moment: None)
         self._rng = PrivacyRng() if simulation_seed is None else SeededRng(f"{simulation_seed}/{config.site}".encode())
+        self._diary = Diary(config.state, self._identity.signing_key)
         self._pending: Question | None = None
         self._receipts: list[Receipt] = []
         self.outcome: dict[str, Any] | None = None
@@ -132,6 +134,7 @@ class Client:
             self._join()
         except BaseException as error:
             self._line.say_why(error)
+            self._diary.not_joined(error)
             self.close()
             raise
         return self
@@ -142,6 +145,8 @@ class Client:
             log.warning("stopped before the run was over; what is charged stays charged")
         if self.outcome is None and (stopped or kind is None or issubclass(kind, Exception)):
             self._line.leave(code=STOPPED)
+        if self.outcome is None:
+            self._diary.left(exception[0] if exception and isinstance(exception[0], BaseException) else None)
         self.close()
 
     def close(self) -> None:
@@ -193,7 +198,8 @@ class Client:
         )
         self._folder = RunFolder(make_folder(self.config.state / "runs" / self.run_id.hex()))
         latch = FileLatch(self.config.state / "latch.json")
-        self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch)
+        self._diary.joined(self._member)
+        self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch, diary=self._diary)
         self._sources = Sources(self._member, self.ledger, self._rng, self._progress)
         self._line.start_pulse()
 
@@ -216,7 +222,9 @@ class Client:
                     self._pending = accept(directive.ask, self._member)
                 except FedsecureError as error:
                     self._line.say_why(error)
+                    self._diary.refused(error)
                     raise
+                self._diary.accepted(self._pending.query, self._pending.descriptor.ctx)
                 yield self._pending.query
                 give_up = self._line.deadline()
             elif kind == "prepare":
@@ -251,16 +259,19 @@ class Client:
         asked, self._pending = self._pending, None
         session: SecAggClient | None = None
         try:
-            door = self._sources.door(dataset, evaluation)
+            door = self._sources.door(dataset, evaluation, told=lambda made: self._diary.charged(query, made))
             door.check(query)
             session = self._rounds.session(asked.descriptor)
             reservation = self._rounds.converse(asked, session, door=door)
+            self._diary.released(query)
             receipt = Receipt(query.round, query.attempt, True, reservation)
         except RoundAborted as error:
             log.warning("attempt aborted: %s", error)
+            self._diary.aborted(query, error)
             receipt = Receipt(query.round, query.attempt, False, reason=str(error))
         except BaseException as error:
             self._line.say_why(error)
+            self._diary.failed(query, error)
             raise
         finally:
             if session is not None:
@@ -290,6 +301,7 @@ class Client:
 
     def _finish(self, finished: pb.Finished) -> None:
         outcome = read_summary(finished.summary_json)
+        self._diary.finished(complete=finished.complete, code=str(outcome.get("code") or ""))
         if not finished.complete:
             self.outcome = outcome
             self._line.farewell()

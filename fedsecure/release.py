@@ -161,7 +161,10 @@ class Capability:
 
 @dataclass(slots=True)
 class Door:
-    """A site's only way out; holds the ledger, the privacy RNG and the sources of units."""
+    """A site's only way out; holds the ledger, the privacy RNG and the sources of units.
+
+    ``told`` hears of every charge once it is on disk, before a record is read.
+    """
 
     config: SiteConfig
     settings: RunSettings
@@ -171,6 +174,7 @@ class Door:
     rng: PrivacyRng
     device: str
     run: bytes
+    told: Callable[[Sequence[Reservation]], None] = lambda made: None
 
     def check(self, query: Query) -> None:
         """Refuse what the site's policy does not allow; also the first step of :meth:`release`.
@@ -212,6 +216,7 @@ class Door:
         self.check(query)
         charged = self.charges(query)
         reservations = self._reserve(query, charged)
+        self.told(reservations)
         capability = Capability(
             query=query,
             site=self.config.site,

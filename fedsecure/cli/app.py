@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedsecure.cli.audit_log import audit_log
 from fedsecure.cli.doctor import doctor
 from fedsecure.cli.duplicates import duplicates
 from fedsecure.cli.enrolling import enroll, renew
@@ -36,6 +37,7 @@ for name, group in (
     ("budget", budget),
     ("transcript", transcript),
     ("report", report),
+    ("audit-log", audit_log),
 ):
     app.add_typer(group, name=name)
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from dataclasses import dataclass
 
 from fedsecure.errors import ProtocolError, RoundAborted
 from fedsecure.methods.registry import load_method
 from fedsecure.release import Door
-from fedsecure.secagg.client import SecAggClient, State
+from fedsecure.secagg.client import MaskedInput, SecAggClient, State
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.epoch import Epochs
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
 from fedsecure.secagg.latch import RoundLatch
+from fedsecure.site.diary import Diary
 from fedsecure.site.line import Line, lost, over_at_the_aggregator
 from fedsecure.site.membership import Membership
 from fedsecure.site.questions import Question
@@ -30,12 +32,13 @@ class Rounds:
     folder: RunFolder
     latch: RoundLatch
     epochs: Epochs
+    diary: Diary
 
     @staticmethod
-    def begin(member: Membership, line: Line, *, folder: RunFolder, latch: RoundLatch) -> Rounds:
+    def begin(member: Membership, line: Line, *, folder: RunFolder, latch: RoundLatch, diary: Diary) -> Rounds:
         identity = member.identity
         epochs = Epochs(site=member.config.site, signing_key=identity.signing_key, roster=identity.roster, latch=latch)
-        return Rounds(member, line, folder, latch, epochs)
+        return Rounds(member, line, folder, latch, epochs, diary)
 
     def set_up(self, descriptor: EpochDescriptor) -> None:
         """Set up keys for the next rounds; an aborted set-up is no error, the next one follows."""
@@ -85,13 +88,18 @@ class Rounds:
             line.send(ctx, session.shares(line.relay(ctx, "shares")))
             session.receive_shares(line.relay(ctx, "masked"))
         method = load_method(query.method)
+
+        def send(sealed: MaskedInput) -> None:
+            self.diary.leaves(query, ctx, hashlib.sha256(sealed.header).digest())
+            line.upload(ctx, sealed)
+
         contribution, kept = door.release(
             query,
             method,
             inputs=inputs,
             state=self.folder.load_state(method.name),
             seal=session.mask,
-            send=lambda sealed: line.upload(ctx, sealed),
+            send=send,
         )
         line.send(ctx, session.sign_survivors(line.relay(ctx, "survivors")))
         line.send(ctx, session.unmask(line.relay(ctx, "unmask")))

@@ -17,7 +17,7 @@ from fedsecure.learning.encoding import pace
 from fedsecure.learning.features import check_declared, check_patients, load_units
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Population
-from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.ledger import Ledger, Reservation
 from fedsecure.privacy.noise import PrivacyRng
 from fedsecure.release import Door, Source
 from fedsecure.site.line import Moment, Progress
@@ -36,7 +36,13 @@ class Sources:
     _hashes: dict[Population, tuple[Dataset | None, Sequence[bytes]]] = field(default_factory=dict)
     _seen: dict[Population, frozenset[str]] = field(default_factory=dict)
 
-    def door(self, dataset: Dataset | None, evaluation: Dataset | None) -> Door:
+    def door(
+        self,
+        dataset: Dataset | None,
+        evaluation: Dataset | None,
+        *,
+        told: Callable[[Sequence[Reservation]], None] = lambda made: None,
+    ) -> Door:
         """The door of one question, over the data sets given or, by default, those of the site's file.
 
         Raises:
@@ -70,6 +76,7 @@ class Sources:
             rng=self.rng,
             device=config.device,
             run=member.run,
+            told=told,
         )
 
     def _open(self, section: DatasetConfig, given: Dataset | None) -> Dataset:

@@ -83,6 +83,8 @@ def test_the_commands_are_all_there() -> None:
         ("report", "attach"),
         ("report", "verify"),
         *(("members", name) for name in ("invite", "pending", "approve", "refuse", "list", "revoke", "renew")),
+        ("audit-log", "verify"),
+        ("audit-log", "show"),
     }
 
 
@@ -115,6 +117,7 @@ def test_help_loads_nothing_heavy(arguments: tuple[str, ...]) -> None:
     assert own == {
         "fedsecure.cli",
         "fedsecure.cli.app",
+        "fedsecure.cli.audit_log",
         "fedsecure.cli.doctor",
         "fedsecure.cli.duplicates",
         "fedsecure.cli.enrolling",
