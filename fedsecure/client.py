@@ -28,6 +28,7 @@ from fedsecure.extras import require
 from fedsecure.files import make_folder
 from fedsecure.identity import certificates
 from fedsecure.identity.provision import Identity, load_identity
+from fedsecure.logs import done, work_on
 from fedsecure.messages import Query
 from fedsecure.methods.base import Tensor, TrainingMethod
 from fedsecure.privacy.ledger import Ledger
@@ -155,6 +156,7 @@ class Client:
             self._rounds.epochs.abort()
         self._line.close()
         self.ledger.close()
+        done()
 
     @property
     def transport(self) -> Transport:
@@ -199,6 +201,7 @@ class Client:
         self._folder = RunFolder(make_folder(self.config.state / "runs" / self.run_id.hex()))
         latch = FileLatch(self.config.state / "latch.json")
         self._diary.joined(self._member)
+        work_on(run=self.run_id.hex(), site=self.config.site)
         self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch, diary=self._diary)
         self._sources = Sources(self._member, self.ledger, self._rng, self._progress)
         self._line.start_pulse()
@@ -257,6 +260,7 @@ class Client:
                 cure="answer each query before taking the next",
             )
         asked, self._pending = self._pending, None
+        work_on(round=query.round, attempt=query.attempt)
         session: SecAggClient | None = None
         try:
             door = self._sources.door(dataset, evaluation, told=lambda made: self._diary.charged(query, made))

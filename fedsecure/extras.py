@@ -15,6 +15,9 @@ _EXTRA = {
     "matplotlib": "report",
     "peft": "lora",
     "prometheus_client": "metrics",
+    "opentelemetry": "otel",
+    "tensorboard": "tensorboard",
+    "mlflow": "mlflow",
 }
 
 

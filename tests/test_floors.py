@@ -32,6 +32,7 @@ FLOOR = {
     "config": 0,
     "files": 0,
     "audit_log": 0,
+    "logs": 0,
     "extras": 0,
     "wire": 0,
 }
@@ -39,7 +40,7 @@ SIDEWAYS = {("secagg", "identity"), ("learning", "vision"), ("learning", "data")
 # Programs of floor 4 wire each other: the client opens the door, the simulation lays out programs.
 SIDEWAYS |= {("client", "site"), ("site", "release"), ("simulation", "client"), ("simulation", "aggregator")}
 SIDEWAYS |= {("messages", "errors"), ("config", "errors"), ("files", "errors"), ("extras", "errors")}
-SIDEWAYS |= {("audit_log", "errors")}
+SIDEWAYS |= {("audit_log", "errors"), ("logs", "errors")}
 FORBIDDEN = {
     "methods": {"grpc"},
     "learning": {"grpc"},

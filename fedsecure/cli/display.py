@@ -4,12 +4,11 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rich import box
 from rich.console import Console
@@ -40,9 +39,11 @@ def show_error(error: FedsecureError) -> None:
     err.print(text, soft_wrap=True)
 
 
-def set_up_logging() -> None:
-    """Plain lines on stderr; never a tensor, a count or a secret."""
-    logging.basicConfig(format="%(asctime)s %(levelname)s %(name)s %(message)s", level=logging.WARNING)
+def set_up_logging(format: Literal["text", "json"] = "text") -> None:
+    """Lines on stderr, for people or for machines; never a tensor, a count or a secret (:mod:`fedsecure.logs`)."""
+    from fedsecure.logs import set_up
+
+    set_up(format)
 
 
 def moment(seconds: float) -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedsecure.cli.options import Json, Quiet
+from fedsecure.cli.options import Json, LogFormat, Quiet
 
 
 def demo(
@@ -197,18 +197,20 @@ def serve(
         list[Path], typer.Option(help="federation.toml; repeated for several runs at once behind one port.")
     ],
     quiet: Quiet = False,
+    log_format: LogFormat = "text",
     as_json: Json = False,
 ) -> None:
     """Run the aggregator until the run ends. Started again after a crash or a stop, it goes on where the run was."""
     from fedsecure.aggregator.program import serve as run
     from fedsecure.cli.display import print_json, set_up_logging, show_outcome
+    from fedsecure.cli.logged import serve_lines
     from fedsecure.cli.progress import serve_progress
     from fedsecure.config import FederationConfig, load
 
-    set_up_logging()
-    loaded = [load(file, FederationConfig) for file in config]
-    with serve_progress(live=not (quiet or as_json) and len(loaded) == 1) as (announce, watch):
-        outcomes = run(loaded, announce=announce, watch=watch)
+    set_up_logging(log_format)
+    live = not (quiet or as_json) and len(config) == 1
+    with serve_lines() if log_format == "json" else serve_progress(live=live) as (announce, watch):
+        outcomes = run([load(file, FederationConfig) for file in config], announce=announce, watch=watch)
     if as_json:
         print_json(outcomes[0] if len(outcomes) == 1 else {"runs": outcomes})
         return
@@ -219,16 +221,19 @@ def serve(
 def join(
     config: Annotated[Path, typer.Option(help="site.toml")],
     quiet: Quiet = False,
+    log_format: LogFormat = "text",
     as_json: Json = False,
 ) -> None:
     """Take part in a run with this site's data, until it ends."""
     from fedsecure.cli.display import print_json, set_up_logging, show_plan, show_site_report
+    from fedsecure.cli.logged import join_lines
     from fedsecure.cli.progress import join_progress
     from fedsecure.client import Client
 
-    set_up_logging()
-    with join_progress(live=not (quiet or as_json)) as watch, Client.from_config(config, progress=watch) as client:
-        if not as_json:
+    set_up_logging(log_format)
+    shown = join_lines() if log_format == "json" else join_progress(live=not (quiet or as_json))
+    with shown as watch, Client.from_config(config, progress=watch) as client:
+        if not as_json and log_format == "text":
             show_plan(client.plan)
         client.run()
         report = client.privacy_report()

@@ -16,6 +16,7 @@ from fedsecure.config.federation import (
     RoundsConfig,
     RunSettings,
     SiteEntry,
+    TelemetryConfig,
 )
 from fedsecure.config.method import AlignmentConfig, Clip2flConfig, MethodConfig
 from fedsecure.config.reading import load, parse_settings, read_toml
@@ -42,6 +43,7 @@ __all__ = [
     "SiteConfig",
     "SiteEntry",
     "SiteId",
+    "TelemetryConfig",
     "load",
     "parse_settings",
     "read_toml",

@@ -228,8 +228,23 @@ class RunSettings(Section):
             ) from error
 
 
+class TelemetryConfig(Section):
+    """Whom the aggregator tells of a run, beside its logs and metrics; nobody by default.
+
+    Attributes:
+        otel: make OpenTelemetry traces; where they go, the ``OTEL_*`` environment variables say.
+        tensorboard: folder for TensorBoard's event files, one folder a run in it.
+        mlflow: MLflow tracking server or database, such as ``sqlite:////srv/mlflow.db``; empty for none.
+    """
+
+    otel: bool = False
+    tensorboard: Path | None = None
+    mlflow: Annotated[str, Field(max_length=4096), AfterValidator(printable)] = ""
+
+
 # What of ``federation.toml`` is the aggregator's own and no part of the run.
-AGGREGATOR_KEYS = {"listen", "enrolment", "metrics", "database", "state", "identity", "encoder_file", "target_file"}
+AGGREGATOR_KEYS = {"listen", "enrolment", "metrics", "telemetry", "database", "state", "identity"}
+AGGREGATOR_KEYS |= {"encoder_file", "target_file"}
 
 
 class FederationConfig(RunSettings):
@@ -239,6 +254,7 @@ class FederationConfig(RunSettings):
         listen: ``host:port``; port 0 takes a free one and prints it.
         enrolment: ``host:port`` on which machines that are no members yet can ask to become some; empty for none.
         metrics: ``host:port`` on which Prometheus may ask for metrics, without TLS; empty for none.
+        telemetry: traces, TensorBoard and MLflow.
         database: SQLAlchemy's URL of the database of runs and rounds, such as ``postgresql+psycopg://user@host/name``;
             empty for SQLite in ``state``. ``FEDSECURE_DATABASE`` in the environment takes its place, so that no
             password need stand in the file.
@@ -252,6 +268,7 @@ class FederationConfig(RunSettings):
     listen: str = "127.0.0.1:0"
     enrolment: str = ""
     metrics: str = ""
+    telemetry: TelemetryConfig = TelemetryConfig()
     database: str = ""
     state: Path
     identity: Path

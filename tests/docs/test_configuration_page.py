@@ -25,6 +25,7 @@ from fedsecure.config import (
     RoundsConfig,
     SiteConfig,
     SiteEntry,
+    TelemetryConfig,
     load,
     parse_settings,
     read_toml,
@@ -34,6 +35,7 @@ from fedsecure.secagg.thresholds import Thresholds
 
 PAGES: dict[str, type[BaseModel]] = {
     "Top level of federation.toml": FederationConfig,
+    "`[telemetry]`": TelemetryConfig,
     "`[encoder]`": EncoderConfig,
     "`[method]`": MethodConfig,
     "`[method.alignment]`": AlignmentConfig,

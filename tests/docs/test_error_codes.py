@@ -63,7 +63,7 @@ SHARED = {
     "FS-1674": {"learning/last_block.py", "learning/lora_module.py"},
     "FS-1709": {"client.py", "simulation/memory.py"},
     "FS-1718": {"aggregator/enrolment.py", "aggregator/service.py"},
-    "FS-1801": {"aggregator/enrolment.py", "aggregator/metrics.py", "aggregator/service.py"},
+    "FS-1801": {"aggregator/enrolment.py", "aggregator/operations.py", "aggregator/service.py"},
 }
 
 

@@ -1,0 +1,91 @@
+"""The standard gRPC health service (``grpc.health.v1``) on the aggregator's own port.
+
+The port asks every caller for a certificate of the federation's authority (TLS 1.3, both sides), and ``admit`` for
+one of the roster, so only members can ask. Load balancers without a certificate use ``/readyz`` instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from fedsecure.errors import FedsecureError
+from fedsecure.transport.status import to_details
+from fedsecure.transport.tls import grpc
+
+SERVICE = "fedsecure.v1.Federation"
+MAX_WATCHES = 2
+_Reply = health_pb2.HealthCheckResponse
+_Context = grpc.aio.ServicerContext[Any, Any]
+# From a caller's context to its name; raises FedsecureError for whom the roster does not hold.
+Admit = Callable[[_Context], str]
+
+
+class Health(health_pb2_grpc.HealthServicer):  # type: ignore[misc]  # its base has no types
+    """Answers ``Check`` and ``Watch`` for the server as a whole (``""``) and for :data:`SERVICE`.
+
+    All calls are made on the server's loop.
+    """
+
+    def __init__(self, admit: Admit | None = None) -> None:
+        self._admit = admit
+        self._serving = False
+        self._changed = asyncio.Event()
+        self._watches: Counter[str] = Counter()
+
+    def set(self, serving: bool) -> None:
+        """Tell all who ask, and all who watch, whether the run is served."""
+        self._serving = serving
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def Check(self, request: health_pb2.HealthCheckRequest, context: _Context) -> health_pb2.HealthCheckResponse:
+        await self._caller(context)
+        if request.service not in ("", SERVICE):
+            await context.abort(grpc.StatusCode.NOT_FOUND, f"no service but {SERVICE}")
+        return _Reply(status=self._status())
+
+    async def Watch(self, request: health_pb2.HealthCheckRequest, context: _Context) -> AsyncIterator[Any]:
+        """The status now, and each one after; ends when the caller hangs up or the server stops."""
+        caller = await self._caller(context)
+        if self._watches[caller] >= MAX_WATCHES:
+            await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"{MAX_WATCHES} watches at a time")
+        known = request.service in ("", SERVICE)
+        self._watches[caller] += 1
+        try:
+            while True:
+                changed = self._changed
+                yield _Reply(status=self._status() if known else _Reply.SERVICE_UNKNOWN)
+                await changed.wait()
+        finally:
+            self._watches[caller] -= 1
+
+    def _status(self) -> Any:
+        return _Reply.SERVING if self._serving else _Reply.NOT_SERVING
+
+    async def _caller(self, context: _Context) -> str:
+        if self._admit is None:
+            return str(context.peer())
+        try:
+            return self._admit(context)
+        except FedsecureError as error:
+            await context.abort(grpc.StatusCode.UNAUTHENTICATED, to_details(error))
+            raise AssertionError("abort raises") from None
+
+
+def add_to(server: grpc.aio.Server, *, admit: Admit | None = None) -> Health:
+    """Put the service on a server that has not been started; it says NOT_SERVING until told otherwise.
+
+    Args:
+        admit: names the caller, or raises; without it whoever the port lets in may ask.
+    """
+    health = Health(admit)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    return health
+
+
+__all__ = ["SERVICE", "Health", "add_to"]
