@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from fedsecure.client import Moment
 
 Watch = Callable[[Mapping[str, Any]], None]
-_STAGES = {
+STAGES = {
     "preparing": "preparing",
     "before": "evaluation before",
     "training": "training",
@@ -120,7 +120,7 @@ def waiting_for(status: Mapping[str, Any]) -> str:
 
 def _position(status: Mapping[str, Any]) -> tuple[str, int, int | None]:
     """Stage in words, rounds done, rounds in all; a stage without rounds has none."""
-    stage = _STAGES.get(str(status["stage"]), str(status["stage"]))
+    stage = STAGES.get(str(status["stage"]), str(status["stage"]))
     counted = status["stage"] == "training"
     return stage, int(status.get("step", 0)), status.get("steps") if counted else None
 

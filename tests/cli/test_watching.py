@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import time
@@ -11,9 +12,11 @@ from typing import Any
 import pytest
 from cli.conftest import Command
 from federation_world import World
+from rich.console import Console
 
-from fedsecure.aggregator.watching import STALE_SECONDS, look
+from fedsecure.aggregator.watching import STALE_SECONDS, Sight, look
 from fedsecure.cli import watching
+from fedsecure.cli.watched import view
 from fedsecure.errors import RunError
 from fedsecure.simulation.scaffold import to_toml
 
@@ -110,3 +113,63 @@ def test_nothing_to_look_at(tmp_path: Path, command: Command) -> None:
     shown = command("status", "--config", file)
     assert shown.status == 1
     assert "FS-1723" in shown.err
+
+
+def picture(sites: int, *, gone: tuple[str, ...] = (), attempts: tuple[Any, ...] = (), **status: Any) -> str:
+    names = [f"site-{i}" for i in range(1, sites + 1)]
+    now = {
+        "run": "ab" * 16,
+        "stage": "training",
+        "round": 7,
+        "attempt": 1,
+        "step": 6,
+        "steps": 20,
+        "phase": "masked",
+        "sites": {name: name not in gone for name in names},
+        "presence": {name: "300 s ago" if name in gone else "0 s ago" for name in names},
+        "waiting": "masked of round 7: waiting for 1 of 6 sites: site-1 last heard 300 s ago",
+        "outcome": None,
+        **status,
+    }
+    console = Console(width=100, file=io.StringIO(), record=True)
+    console.print(view(Sight(Path("."), now, attempts, 0.5)))
+    return console.export_text()
+
+
+def test_who_is_waited_for_is_marked_and_only_who_is() -> None:
+    shown = picture(12, gone=("site-1",))
+    marked = [line.split()[0] for line in shown.splitlines() if line.rstrip().endswith("waited for")]
+    assert marked == ["site-1"], "and not site-10, site-11, site-12"
+    assert "5 min ago" in shown
+    assert "sites: 11 of 12 there" in shown
+    assert "6 of 20 done" in shown
+
+
+def test_a_thousand_sites_fit_a_screen_and_those_that_are_gone_are_on_it() -> None:
+    shown = picture(1000, gone=("site-777", "site-12"))
+    assert len(shown.splitlines()) < 50
+    listed = [line.split()[0] for line in shown.splitlines() if line.strip().startswith("site-")]
+    assert listed[:3] == ["site-12", "site-777", "site-1"]
+    assert "and 976 more" in shown
+
+
+def test_what_became_of_attempts_and_why() -> None:
+    cohort = ["site-1", "site-2", "site-3"]
+    shown = picture(
+        3,
+        attempts=(
+            {"round": 1, "attempt": 0, "stage": "training", "cohort": cohort, "seconds": 1.0, "survivors": cohort},
+            {"round": 2, "attempt": 0, "stage": "training", "cohort": cohort, "seconds": 60.0, "code": "FS-1352",
+             "aborted": "FS-1352: 1 of 3 vectors came; missing: site-2, site-3"},
+        ),
+    )  # fmt: skip
+    assert "aborted FS-1352" in shown
+    assert "last abort: FS-1352: 1 of 3 vectors came; missing: site-2, site-3" in shown
+    assert "3 of 3" in shown
+
+
+def test_a_run_that_is_over_shows_what_it_came_to_and_no_presence() -> None:
+    evaluations = {"before": {"accuracy": 0.5}, "after": {"accuracy": 0.752}}
+    shown = picture(3, stage="over", outcome={"complete": True, "evaluations": evaluations})
+    assert "75.2 %" in shown
+    assert "heard" not in shown
