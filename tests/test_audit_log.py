@@ -37,19 +37,19 @@ FACTS = st.dictionaries(
 )
 
 
-def written(path: Path, lines: int = 6, **options: Any) -> AuditLog:
+def written(path: Path, lines: int = 6, *, event: str = "thing-happened", **options: Any) -> AuditLog:
     log = AuditLog(path, **options)
     for number in range(lines):
-        log.append("thing-happened", {"round": number, "site": "site-ä", "cohort": ["a", "b"]}, at=1000.0 + number)
+        log.append(event, {"round": number, "site": "site-ä", "cohort": ["a", "b"]}, at=1000.0 + number)
     return log
 
 
 @pytest.fixture(scope="module")
-def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Head, bytes]:
-    """A log of six lines, its head, and the last line of another log that has seven."""
+def intact(tmp_path_factory: pytest.TempPathFactory) -> tuple[bytes, Head, list[bytes]]:
+    """A log of six lines, its head, and the lines of another log that has seven."""
     folder = tmp_path_factory.mktemp("logs")
-    log, other = written(folder / "audit.log"), written(folder / "other.log", 7)
-    return log.path.read_bytes(), log.head(), other.path.read_bytes().splitlines(keepends=True)[6]
+    log, other = written(folder / "audit.log"), written(folder / "other.log", 7, event="other-thing")
+    return log.path.read_bytes(), log.head(), other.path.read_bytes().splitlines(keepends=True)
 
 
 def refused(path: Path, head: Head) -> str:
@@ -89,7 +89,7 @@ def test_a_line_can_be_checked_by_hand(tmp_path: Path) -> None:
 @many
 @given(st.data())
 def test_an_edited_removed_inserted_or_doubled_byte_is_found(
-    tmp_path: Path, intact: tuple[bytes, Head, bytes], data: st.DataObject
+    tmp_path: Path, intact: tuple[bytes, Head, list[bytes]], data: st.DataObject
 ) -> None:
     path, (whole, head, _) = tmp_path / "audit.log", intact
     at = data.draw(st.integers(0, len(whole) - 1))
@@ -112,12 +112,12 @@ def test_an_edited_removed_inserted_or_doubled_byte_is_found(
 @many
 @given(st.data())
 def test_a_removed_moved_doubled_or_foreign_line_is_found(
-    tmp_path: Path, intact: tuple[bytes, Head, bytes], data: st.DataObject
+    tmp_path: Path, intact: tuple[bytes, Head, list[bytes]], data: st.DataObject
 ) -> None:
     path, (whole, head, foreign) = tmp_path / "audit.log", intact
     lines = whole.splitlines(keepends=True)
     i, j = data.draw(st.integers(0, 5)), data.draw(st.integers(0, 5))
-    kind = data.draw(st.sampled_from(["remove", "swap", "double", "foreign"]))
+    kind = data.draw(st.sampled_from(["remove", "swap", "double", "foreign", "replace"]))
     changed = list(lines)
     if kind == "remove":
         del changed[i]
@@ -125,8 +125,11 @@ def test_a_removed_moved_doubled_or_foreign_line_is_found(
         changed[i], changed[j] = changed[j], changed[i]
     elif kind == "double":
         changed.insert(j, lines[i])
+    elif kind == "foreign":
+        changed.insert(i, foreign[6])
     else:
-        changed.insert(i, foreign)
+        # Whole and of the right number, from another log: only what follows it says that it does not belong.
+        changed[i] = foreign[i]
     path.write_bytes(b"".join(changed))
     if changed == lines:
         assert verify(path, head=head).head == head
@@ -146,6 +149,17 @@ def test_only_the_head_finds_a_cut_or_a_log_written_anew(tmp_path: Path) -> None
         forger.append("nothing-happened", {"round": number})
     assert verify(log.path).head.lines == 9
     assert refused(log.path, head) == "FS-1824"
+
+
+def test_a_chain_that_skips_a_number_is_no_chain(tmp_path: Path) -> None:
+    path, before = tmp_path / "audit.log", "0" * 64
+    with path.open("w") as file:
+        for number in (1, 3):
+            body = {"at": 1, "event": "event", "facts": {}, "prev": before, "seq": number}
+            before = hashlib.sha256(json.dumps(body, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+            file.write(json.dumps({**body, "hash": before}, sort_keys=True, separators=(",", ":")) + "\n")
+    with pytest.raises(EnvironmentProblem, match="FS-1821.*line 3"):
+        verify(path)
 
 
 def test_an_earlier_head_holds_for_a_log_that_went_on(tmp_path: Path) -> None:

@@ -196,14 +196,14 @@ def test_a_runs_logs_hold_no_token_key_or_feature(tmp_path: Path) -> None:
 
     def whole(name: str) -> None:
         with world.client(name) as client:
-            tokens.append(client._line._session)
+            tokens.append(client._line._place.session)
             for query in client.queries():
                 client.answer(query)
                 own.warning("answered %s", client)
 
     def interrupted() -> None:
         with world.client("site-3") as client:
-            tokens.append(client._line._session)
+            tokens.append(client._line._place.session)
             for query in client.queries():
                 if query.round == 1:
                     raise ValueError(str(np.load(world.features)["train_x"][0]))

@@ -180,11 +180,10 @@ class _Curves:
         facts, kind = happening.facts, happening.kind
         if kind == "attempt-summed":
             counted = {"survivors": len(facts["survivors"]), "seconds": facts["seconds"]}
-            self._summed = {**counted, "attempts": facts["attempt"] + 1}
+            self._summed = {**counted, "attempts": facts["attempt"] + 1} if facts["stage"] == "training" else {}
         elif kind == "round-saved":
             self._step = int(facts["step"])
-            if facts["stage"] == "training":
-                yield from _numbers("round", self._step, self._summed)
+            yield from _numbers("round", self._step, self._summed)
             if "epsilon" in facts:
                 yield from _numbers("privacy", self._step, {"epsilon": facts["epsilon"]})
             self._summed = {}

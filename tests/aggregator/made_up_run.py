@@ -25,7 +25,15 @@ def run(*, complete: bool = True, epsilon: bool = True) -> list[Happening]:
             tell("attempt-aborted", **where, **ends, seconds=60.0)
         else:
             tell("attempt-summed", **where, survivors=COHORT[: 3 - round % 2], seconds=1.5 + round)
-            tell("round-saved", round=round, stage=stage, step=round, **({"epsilon": float(round)} if epsilon else {}))
+            # The saved state is already in the stage that comes next.
+            following = "training" if round < 2 else "after"
+            tell(
+                "round-saved",
+                round=round,
+                stage=following,
+                step=round,
+                **({"epsilon": float(round)} if epsilon else {}),
+            )
 
     full = ("shares", "masked", "survivors", "unmask")
     tell("run-started", sites=COHORT, method="linear", rounds=2)

@@ -5,19 +5,26 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from aggregator.made_up_run import RUN, run
+from aggregator.test_dashboards import curves_in
 from federation_world import World
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from fedsecure import extras
-from fedsecure.aggregator.dashboards import MLflow
+from fedsecure.aggregator.audit_trail import AuditTrail
+from fedsecure.aggregator.dashboards import MLflow, TensorBoard
 from fedsecure.aggregator.happenings import Happening
 from fedsecure.aggregator.listening import listening
+from fedsecure.aggregator.log_lines import LogLines
 from fedsecure.aggregator.metrics import Metrics
-from fedsecure.audit_log import PURPOSE, verify
+from fedsecure.aggregator.tracing import Traces
+from fedsecure.audit_log import PURPOSE, AuditLog, entries, verify
 from fedsecure.config import TelemetryConfig
 from fedsecure.errors import ConfigError, EnvironmentProblem
 from fedsecure.identity import keys
@@ -44,7 +51,8 @@ def test_by_default_nothing_is_sent_and_everything_is_audited(
     found = verify(config.state / "audit.log", check=lambda body, s: keys.verify(public, PURPOSE, body, s))
     assert found.head.lines == len(run()) + 1
     assert found.signed == 1
-    assert [record.event for record in caplog.records] == [h.kind for h in run()]  # type: ignore[attr-defined]
+    lines = [record for record in caplog.records if record.name == "fedsecure.run"]
+    assert [record.event for record in lines] == [h.kind for h in run()]  # type: ignore[attr-defined]
     assert found.events["attempt-aborted"] == 1
 
 
@@ -80,6 +88,35 @@ def test_what_is_asked_for_and_is_not_there_is_said_before_the_run(
     (config.state / "audit.log").write_bytes(b"no log\n")
     with pytest.raises(EnvironmentProblem, match="FS-1821"):
         listening(config, identity, run=RUN, metrics=None)
+
+
+def test_a_real_run_is_heard_by_all_of_them(tmp_path: Path) -> None:
+    world = World(tmp_path, rounds=2)
+    config = world.start().config
+    world.run(*(world.take_part(name) for name in world.names))
+    assert world.happened[-1].kind == "run-ended"
+    exporter = InMemorySpanExporter()
+    run_id, metrics = world.coordinator.run.hex(), Metrics(world.coordinator.run.hex())
+    board, traces = TensorBoard(tmp_path / "boards", run_id), Traces(SimpleSpanProcessor(exporter))
+    trail = AuditTrail(AuditLog(config.state / "audit.log"))
+    for happening in world.happened:
+        for listener in (trail, LogLines(), metrics, board, traces):
+            listener(happening)
+    board.close()
+    traces.close()
+    assert [entry.event for entry in entries(config.state / "audit.log")] == [h.kind for h in world.happened]
+    spans = exporter.get_finished_spans()
+    names = [span.name for span in spans]
+    assert (names.count("run"), names.count("round"), names.count("attempt")) == (1, 4, 4)
+    # Two evaluations in five phases each, two rounds with prepared keys in three.
+    assert sum(name.startswith("phase ") for name in names) == 2 * 5 + 2 * 3
+    assert "phase first" not in names
+    assert all(span.status.is_ok or span.status.status_code.name == "UNSET" for span in spans)
+    curves = curves_in(tmp_path / "boards" / run_id)
+    assert {step for step, _ in curves["round/survivors"]} == {1, 2}
+    assert [step for step, _ in curves["evaluation/accuracy"]] == [0, 2]
+    assert metrics.registry.get_sample_value("fedsecure_last_cohort") == 3
+    assert metrics.registry.get_sample_value("fedsecure_last_round_seconds") == pytest.approx(time.time(), abs=300)
 
 
 LIGHT = """
