@@ -18,6 +18,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedsecure.aggregator.answers import Answers
 from fedsecure.aggregator.coordinator import Coordinator
+from fedsecure.aggregator.health import add_to
 from fedsecure.aggregator.house import House
 from fedsecure.aggregator.limits import Limits, allow_connections
 from fedsecure.aggregator.parsing import Parsing, unreadable
@@ -277,7 +278,10 @@ class _Call:
             )
         service, code = self._service, grpc.StatusCode.FAILED_PRECONDITION
         if service._refusals.note(self._site, error, time.monotonic()):
-            service._core.refused(self._site, error.code)
+            try:
+                service._core.refused(self._site, error.code)
+            except FedsecureError as worse:
+                log.warning("a refusal is not in the audit log: %s", worse)
         if error.code in RETRY_AFTER:
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
             # Whoever does not wait as he is asked to waits here, so that a flood is as slow as its answers.
@@ -311,5 +315,7 @@ async def start(
             expected="a free port of an address of this machine",
             cure="stop what uses it (`ss -ltnp`), or change `listen`",
         )
+    health = add_to(server, admit=service._caller)
     await server.start()
+    health.set(True)
     return server, service, port

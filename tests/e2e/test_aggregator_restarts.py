@@ -1,4 +1,4 @@
-"""The deployed aggregator killed with SIGKILL, again and again, over real sockets: the run ends as if not."""
+"""An aggregator told to stop, as by a supervisor or before an upgrade: the next process goes on with its run."""
 
 from __future__ import annotations
 
@@ -7,51 +7,16 @@ from pathlib import Path
 
 import pytest
 from e2e.processes import Deployment
-from e2e.test_processes import rounds_of
-
-from fedsecure.privacy.ledger import Ledger
 
 
 @pytest.fixture
 def deployment(tmp_path: Path) -> Iterator[Deployment]:
     made = Deployment(tmp_path / "d", sites=3, rounds=40)
+    for site in made.layout.sites.values():
+        # However long a loaded machine takes to start the next process.
+        site.write_text(site.read_text().replace("connect_seconds = 10.0", "connect_seconds = 240.0"))
     yield made
     made.stop()
-
-
-def restart(deployment: Deployment) -> None:
-    """The aggregator is killed and started again at the same address, as a supervisor would."""
-    deployment.kill("aggregator")
-    address = (deployment.state / "address").read_text()
-    text = deployment.layout.federation.read_text()
-    deployment.layout.federation.write_text(text.replace('listen = "127.0.0.1:0"', f'listen = "{address}"'))
-    deployment.serve()
-
-
-@pytest.mark.slow
-def test_an_aggregator_killed_three_times_ends_its_run_with_the_same_sites(deployment: Deployment) -> None:
-    deployment.serve()
-    for name in deployment.world.names:
-        deployment.join(name)
-    run = ""
-    for step in (2, 5, 9):
-        deployment.until(lambda step=step: deployment.status()["step"] >= step, f"{step} rounds")
-        run = run or deployment.status()["run"]
-        restart(deployment)
-    assert deployment.wait("aggregator") == 0, deployment.logs()
-    assert all(deployment.wait(name) == 0 for name in deployment.world.names), deployment.logs()
-    status = deployment.status()
-    assert status["run"] == run, "one and the same run"
-    assert status["outcome"]["complete"]
-    assert status["outcome"]["rounds"] == 40
-    records = rounds_of(deployment)
-    summed = [(r["round"], r["stage"]) for r in records if "survivors" in r]
-    assert [number for number, _ in summed] == list(range(42)), "every round once: 40, and evaluation before and after"
-    assert len({r["context"] for r in records}) == len(records)
-    for name in deployment.world.names:
-        with Ledger(deployment.layout.sites[name].parent / "ledger.db") as ledger:
-            ledger.verify()
-            assert len(ledger.spent(f"{name}-train", "train")) >= 40
 
 
 @pytest.mark.slow

@@ -9,6 +9,7 @@ import pytest
 
 from fedsecure.errors import BudgetExceeded, ConfigError, DataError, FedsecureError, LedgerError, PrivacyError, RunError
 from fedsecure.site.line import Line
+from fedsecure.wire import federation_pb2 as pb
 
 WORDS = {"expected": "another", "cure": "mend it"}
 
@@ -16,7 +17,9 @@ WORDS = {"expected": "another", "cure": "mend it"}
 def heard(error: BaseException) -> list[str]:
     """What an aggregator hears from a site that is about to stop for that reason."""
     told: list[str] = []
-    transport: Any = SimpleNamespace(beat=lambda request: told.append(request.leaving), join=lambda request: None)
+    transport: Any = SimpleNamespace(
+        beat=lambda request: told.append(request.leaving), join=lambda request: pb.JoinReply()
+    )
     line = Line(transport, wait_seconds=1.0, progress=lambda moment: None)
     line.join(b"roster")
     line.say_why(error)
