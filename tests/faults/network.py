@@ -6,6 +6,7 @@ does. Long polls and beats wait at the aggregator, as in its service.
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -110,6 +111,12 @@ class SimulatedTransport:
 
     def _call(self, kind: Kind, request: Any, payload: bytes = b"") -> Any:
         world = self._world
+        if hasattr(request, "request"):
+            # The same id in every repetition of this call, as the gRPC transport's; random there.
+            named = type(request)()
+            named.CopyFrom(request)
+            named.request = hashlib.sha256(b"call %d" % world.next_call()).digest()[:16]
+            request = named
         give_up, pause = world.stage.now + self._patience, 0.1
         while True:
             if self._process.dead:

@@ -10,6 +10,7 @@ from faults import invariants
 from faults.invariants import check_everything, check_progress, recorded
 from faults.world import SimulatedWorld, simulated
 
+from fedsecure.aggregator.answers import Answers
 from fedsecure.aggregator.sessions import Sessions
 from fedsecure.aggregator.store import RunStore
 from fedsecure.errors import RunError
@@ -69,6 +70,17 @@ def test_without_faults_runs_follow_each_other_and_every_site_is_in_every_sum() 
         assert {how for _, how in world.endings} == {"complete"}
 
 
+def test_a_certificate_revoked_between_an_upload_and_its_end_is_in_no_sum() -> None:
+    with simulated() as world:
+        until(world, lambda: len([p for p in world.network.packets if p.what == "body"]) == 4)
+        world.revoke("site-2")
+        until(world, lambda: len(world.absorbed_sums) == 2)
+        check_everything(world)
+        (attempts,) = [attempts for _, attempts in recorded(world).values()]
+        assert [record["outcome"]["survivors"] for record in attempts[:2]] == [["site-1", "site-3", "site-4"]] * 2
+        assert world.processes["site-2"].ended == "FS-1460"
+
+
 # --- controls: with the code broken on purpose, a check fails ---------------------------------------------------------
 
 
@@ -89,6 +101,8 @@ def test_a_charge_that_is_not_on_disk_before_the_answer_is_seen(monkeypatch: pyt
 
 
 def test_an_upload_that_is_counted_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Two things count a repeat once: the answers kept by request, and the messages kept by sender.
+    monkeypatch.setattr(Answers, "find", lambda *arguments: None)
     monkeypatch.setattr(Inbox, "is_repeat", lambda *arguments: False)
     with simulated() as world:
         until(world, lambda: len([p for p in world.network.packets if p.call.kind == "upload"]) == 4)

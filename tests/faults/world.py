@@ -16,7 +16,7 @@ import sqlite3
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from pathlib import Path
@@ -29,6 +29,7 @@ from faults.baton import Killed, Process, Stage
 from faults.disk import Disks, Trap, When, watched
 from faults.network import Broken, Call, Kind, Network, Packet, SimulatedTransport
 
+from fedsecure.aggregator.answers import Answers
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.database import Database
 from fedsecure.aggregator.happenings import Happening
@@ -47,9 +48,11 @@ from fedsecure.config import (
     SiteEntry,
 )
 from fedsecure.data.loading import read_feature_header
-from fedsecure.errors import FedsecureError, IdentityError, RunError, TransportError
+from fedsecure.errors import FedsecureError, RunError, TransportError
 from fedsecure.files import make_folder
+from fedsecure.identity import certificates, keys
 from fedsecure.identity.provision import Identity, load_identity, provision
+from fedsecure.identity.standing import Standing
 from fedsecure.messages import Query
 from fedsecure.methods import registry
 from fedsecure.privacy.ledger import Ledger, Limit
@@ -70,7 +73,7 @@ ENDINGS = {
     "FS-1263": "no room for the copy of the ledger's head",
     "FS-1270": "the clock went back",
     "FS-1349": "no room for the latch",
-    "FS-1454": "the certificate is revoked",
+    "FS-1460": "the certificate is revoked",
     "FS-1501": "no answer for connect_seconds",
     "FS-1703": "an earlier process of the site still counts as there",
     "FS-1709": "the run was given up",
@@ -198,6 +201,11 @@ class SimulatedWorld:
         self.stopped: set[str] = set()  # sites that nobody starts again
         self.parked: list[Call] = []
         self.uploading: set[str] = set()
+        self.answered_calls = Answers()
+        (self.folder / "aggregator").mkdir()
+        self._roster = self.folder / "aggregator" / "roster.json"
+        self._roster.write_bytes((self.ground.folder / "keys" / "ca" / "roster.json").read_bytes())
+        self.standing = self._members()
         self.skews = dict.fromkeys(self.names, 0.0)
         self.answers: dict[int, Answered] = {}
         self.absorbed_sums: list[Absorbed] = []
@@ -267,10 +275,14 @@ class SimulatedWorld:
         """From a site's thread: send a request and wait for what comes of it."""
         actor = self.stage.current
         assert actor is not None
-        self._calls += 1
-        call = Call(self._calls, kind, process, actor, request, payload)
+        call = Call(self.next_call(), kind, process, actor, request, payload)
         self.network.packets.append(Packet("request", call, self.stage.now))
         return actor.block()
+
+    def next_call(self) -> int:
+        """A number never given out before."""
+        self._calls += 1
+        return self._calls
 
     def hung_up(self, process: SiteProcess) -> None:
         """A site closes its connection: what it waits for breaks off."""
@@ -325,11 +337,15 @@ class SimulatedWorld:
 
     def _serve(self, call: Call) -> None:
         request, site, now = call.request, call.site, self.stage.now
-        if site in self.revoked:
-            self._reply(call, _revoked())
-            return
 
         def handle(core: Coordinator) -> Any:
+            self._caller(site)
+            if call.kind == "upload" and self.answered_calls.find(site, request, pb.Ack) is not None:
+                return None
+            changes = call.kind in ("join", "send") or (call.kind == "beat" and request.leaving)
+            return self.answered_calls.once(site, request, lambda: act(core) or pb.Ack()) if changes else act(core)
+
+        def act(core: Coordinator) -> Any:
             if call.kind == "join":
                 return core.join(site, request, now)
             if call.kind == "send":
@@ -365,13 +381,26 @@ class SimulatedWorld:
         if buffer is None:  # of an aggregator that is gone
             self._reply(call, Broken())
             return
-        if site in self.revoked:
-            self._reply(call, _revoked())
-            return
-        buffer[:] = call.payload
-        ok, _ = self._at_aggregator(call, lambda core: core.upload(site, call.request, buffer, self.stage.now))
+        whole = buffer
+
+        def add(core: Coordinator) -> None:
+            self._caller(site)
+            whole[:] = call.payload
+            core.upload(site, call.request, whole, self.stage.now)
+            self.answered_calls.keep(site, call.request, pb.Ack())
+
+        ok, _ = self._at_aggregator(call, add)
         if ok:
             self._reply(call, None)
+
+    def _caller(self, site: str) -> None:
+        """The certificate is a member's now (IdentityError FS-1460)."""
+        known = self.standing.site_of(certificates.fingerprint(self.ground.identities[site].certificate))
+        assert known == site
+
+    def _members(self) -> Standing:
+        """Who may call; the run keeps the roster that it has begun with."""
+        return Standing(self.ground.identities["aggregator"], self._roster, floor=self._roster.with_name("floor"))
 
     def _look(self) -> None:
         """Answer the long polls for which there is something now."""
@@ -484,6 +513,7 @@ class SimulatedWorld:
         self.core_over_at = self.stage.now
         self.disks.traps.pop("aggregator", None)
         self.uploading.clear()
+        self.answered_calls = Answers()
         parked, self.parked = self.parked, []
         for packet in self.network.packets:
             packet.call.buffer = None
@@ -591,10 +621,16 @@ class SimulatedWorld:
         self.skews[name] = 3600.0 * hours
 
     def revoke(self, name: str) -> None:
-        """From now on the service refuses every call of that certificate."""
+        """The coordinator signs a roster without that certificate; from now on every call of it is refused."""
         self.steps += 1
         self.log.append(f"revoke {name}")
         self.revoked.add(name)
+        before = self.standing.roster
+        entries = tuple(entry for entry in before.entries if entry.site != name)
+        roster = replace(before, version=before.version + 1, entries=entries)
+        draft = self._roster.with_name(f"roster-{roster.version}.json")
+        roster.save(draft, keys.load_private_key(self.ground.folder / "keys" / "ca" / "coordinator.key"))
+        draft.replace(self._roster)
 
     def _utc_now(self) -> datetime:
         process = self.stage.process
@@ -685,10 +721,6 @@ class SimulatedWorld:
         self.core = None
         self._patches.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def _revoked() -> IdentityError:
-    return IdentityError("FS-1454", "the certificate is revoked", expected="one in the roster", cure="enrol again")
 
 
 # What the aggregator writes down, each a transaction; a transition to a state counts by itself.
