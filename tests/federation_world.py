@@ -158,14 +158,14 @@ class World:
         with self.gate:
             core = self.coordinator
             rounds = core.config.rounds.model_copy(update={"start_seconds": 0.0})
-            core.config = core.config.model_copy(update={"rounds": rounds})
+            core.engine.config = core.config.model_copy(update={"rounds": rounds})
             core.tick(time.monotonic())
 
     def pass_over(self, late: str) -> None:
         """The time of the current phase is up, if ``late`` is the only one it still waits for."""
         with self.gate:
             core = self.coordinator
-            running = core._set_up if core._preparing else core._attempt
+            running = core.engine.set_up if core.engine.preparing else core.engine.attempt
             if running is not None and tuple(running.waiting_for()) == (late,):
                 running._deadline = 0.0
                 core.tick(time.monotonic())

@@ -28,7 +28,7 @@ class Stage:
         given = {"silence_seconds": 10.0, "start_seconds": 20.0, "phase_seconds": 20.0, "training_seconds": 60.0}
         self.world = World(folder, waits={**given, **options.pop("waits", {})}, **options)
         self.core: Coordinator = self.world.start()
-        self.now = self.core._waiting_since
+        self.now = self.core.engine.waiting_since
         self.tokens: dict[str, bytes] = {}
         self.sites: dict[str, SecAggClient] = {}
 
@@ -61,7 +61,7 @@ class Stage:
 
     @property
     def attempts(self) -> list[dict[str, Any]]:
-        return self.core._account.attempts
+        return self.core.engine.account.attempts
 
 
 @pytest.fixture
@@ -92,11 +92,11 @@ def test_a_site_that_has_joined_and_still_loads_its_encoder_is_not_asked_yet(sta
     request = pb.JoinRequest(protocol=1, session=bytes(16), roster_hash=stage.core._identity.roster.hash)
     stage.core.join("site-2", request, stage.now)
     stage.core.tick(stage.now)
-    assert stage.core._attempt is None
+    assert stage.core.engine.attempt is None
     assert "site-2 last heard" in stage.core.reason(stage.now)
     stage.core.poll("site-2", bytes(16), 0, stage.now)
     stage.core.tick(stage.now)
-    assert stage.core._attempt is not None
+    assert stage.core.engine.attempt is not None
 
 
 def test_a_site_that_goes_on_is_waited_for(stage: Stage) -> None:
@@ -110,8 +110,8 @@ def test_a_site_that_goes_on_is_waited_for(stage: Stage) -> None:
     stage.core.tick(stage.now)
     assert not stage.attempts
     stage.advertise("site-2")
-    assert stage.core._attempt is not None
-    assert stage.core._attempt.phase.name == "SHARES"
+    assert stage.core.engine.attempt is not None
+    assert stage.core.engine.attempt.phase.name == "SHARES"
 
 
 def test_a_site_that_joins_after_the_question_is_not_waited_for(tmp_path: Path) -> None:
@@ -125,8 +125,8 @@ def test_a_site_that_joins_after_the_question_is_not_waited_for(tmp_path: Path) 
     stage.join("site-5")
     for name in stage.world.names[:4]:
         stage.advertise(name)
-    assert stage.core._attempt is not None
-    assert stage.core._attempt.phase.name == "SHARES"
+    assert stage.core.engine.attempt is not None
+    assert stage.core.engine.attempt.phase.name == "SHARES"
 
 
 def test_an_old_connection_that_breaks_late_does_not_silence_the_new_process(stage: Stage) -> None:
@@ -220,7 +220,7 @@ def test_a_rule_broken_while_a_phase_closes_ends_the_attempt_and_nothing_else(
     from fedsecure.secagg.party import broken
 
     stage.all_join()
-    attempt = stage.core._attempt
+    attempt = stage.core.engine.attempt
     assert attempt is not None
 
     def fails(*_: Any) -> None:
@@ -230,7 +230,7 @@ def test_a_rule_broken_while_a_phase_closes_ends_the_attempt_and_nothing_else(
     stage.core.tick(stage.now)
     assert stage.core.outcome is None
     assert "FS-1320" in stage.attempts[0]["aborted"]
-    assert stage.core._attempt is not attempt
+    assert stage.core.engine.attempt is not attempt
 
 
 @pytest.mark.parametrize("where", ["ask", "absorb"])
@@ -241,11 +241,11 @@ def test_a_method_that_fails_ends_the_run_with_a_reason_for_the_sites(
         raise ZeroDivisionError("/a/path of the aggregator")
 
     if where == "ask":
-        monkeypatch.setattr(type(stage.core._schedule), "ask", fails)
+        monkeypatch.setattr(type(stage.core.engine.schedule), "ask", fails)
         stage.all_join()
     else:
         stage.all_join()
-        attempt = stage.core._attempt
+        attempt = stage.core.engine.attempt
         monkeypatch.setattr(attempt, "advance", fails)
         stage.core.tick(stage.now)
     assert stage.core.failure is not None
@@ -256,26 +256,26 @@ def test_a_method_that_fails_ends_the_run_with_a_reason_for_the_sites(
     assert "ZeroDivisionError" in said["error"]
     assert "/a/path" not in directive.finished.summary_json
     with pytest.raises(FedsecureError, match="FS-1706"):
-        stage.core._current(bytes(32))
+        stage.core.engine.current(bytes(32))
 
 
 def test_a_model_that_is_ruined_ends_the_run_at_the_aggregator(stage: Stage) -> None:
     stage.all_join()
-    tensors = stage.core._progress.state.tensors
-    stage.core._account._check_finite(stage.core._progress)
+    tensors = stage.core.engine.progress.state.tensors
+    stage.core.engine.account._check_finite(stage.core.engine.progress)
     next(iter(tensors.values()))[0, 0] = np.nan
     with pytest.raises(RunError, match="FS-1717"):
-        stage.core._account._check_finite(stage.core._progress)
+        stage.core.engine.account._check_finite(stage.core.engine.progress)
 
 
 def test_an_upload_is_checked_before_a_byte_is_kept(stage: Stage) -> None:
     stage.all_join()
-    assert stage.core._attempt is not None
-    header = pb.UploadHeader(session=stage.tokens["site-1"], ctx=stage.core._attempt.ctx, header=b"junk")
+    assert stage.core.engine.attempt is not None
+    header = pb.UploadHeader(session=stage.tokens["site-1"], ctx=stage.core.engine.attempt.ctx, header=b"junk")
     header.size = 1 << 40
     with pytest.raises(TransportError, match="FS-1504"):
         stage.core.expect_upload("site-1", header, stage.now)
-    header.size = 4 * stage.core._attempt.query.length
+    header.size = 4 * stage.core.engine.attempt.query.length
     with pytest.raises(FedsecureError, match="FS-1321"):
         stage.core.expect_upload("site-1", header, stage.now)
     assert not list(stage.world.folder.glob("aggregator/runs/*/spool/*"))

@@ -60,7 +60,7 @@ def again(world: World) -> Drawing:
         roster=core._identity.roster,
         folder=core._store.folder,
         sessions=core.sessions,
-        alarm=core._account.alarm,
+        alarm=core.engine.account.alarm,
     )
 
 
@@ -86,7 +86,7 @@ def test_a_run_of_drawn_cohorts_is_the_central_computation(tmp_path: Path, monke
     assert not world.errors
     assert len(seen) == world.rounds
 
-    settings, draw = world.settings, world.coordinator._draw
+    settings, draw = world.settings, world.coordinator.engine.draw
     assert draw is not None
     _, cohort = cohort_of(settings, trainers_only=True)
     method: Any = load_training_method(world.adapter)
@@ -115,7 +115,7 @@ def test_a_run_of_drawn_cohorts_is_the_central_computation(tmp_path: Path, monke
             total += round_to_grid(values, segment) + noise
         expected = from_grid(total, segment)
         np.testing.assert_array_equal(aggregate.values["gradient"], expected)
-        following = seen[step + 1][0] if step + 1 < len(seen) else world.coordinator._progress.state.tensors
+        following = seen[step + 1][0] if step + 1 < len(seen) else world.coordinator.engine.progress.state.tensors
         declared = sum(settings.sites[name].max_units for name in draw.cohort(step))
         spec = method.spec(settings)
         moved = spec.unflatten(spec.flatten({n: tensors[n] for n in spec.shapes}) - rate * expected / declared)
@@ -220,7 +220,7 @@ def test_floors_of_a_site_apply_to_the_drawn_cohort(tmp_path: Path) -> None:
             world.hurry()
 
     world.run(*(lambda n=name: ends(n) for name in world.names))
-    draw = world.coordinator._draw
+    draw = world.coordinator.engine.draw
     assert draw is not None
     refused = {world.names[int(i)] for i, e in world.errors.items() if isinstance(e, PrivacyError | ProtocolError)}
     assert refused
@@ -244,13 +244,13 @@ class Knowing:
 
     def query(self, cohort: tuple[str, ...]) -> Query:
         round = self.step + 1
-        ask = self.world.coordinator._schedule.ask(
-            replace(self.world.coordinator._progress, stage="training", state=self.member.start)
+        ask = self.world.coordinator.engine.schedule.ask(
+            replace(self.world.coordinator.engine.progress, stage="training", state=self.member.start)
         )
         assert ask is not None
         core = self.world.coordinator
         hashes = {name: bytes(32) for name in ask.inputs}
-        query = core._openings.query(ask, round=round, attempt=0, inputs=hashes, draw=self.draw)
+        query = core.engine.openings.query(ask, round=round, attempt=0, inputs=hashes, draw=self.draw)
         return replace(query, cohort=cohort)
 
     def ask(self, query: Query, draw: Draw | None) -> pb.Ask:
@@ -453,7 +453,7 @@ class Withholding(MemoryTransport):
         self.world, self.name, self.sent = world, name, 0
 
     def next(self, request: pb.NextRequest) -> pb.Directive:
-        drawing = self.world.coordinator._drawing
+        drawing = self.world.coordinator.engine.drawing
         assert drawing is not None
         with self.world.gate:
             toss = drawing._toss
@@ -526,5 +526,5 @@ def test_a_site_that_comes_back_keeps_to_the_draw_it_knew_and_so_does_an_aggrega
     world.run(leaves_and_returns, *(world.take_part(name) for name in world.names if name != "site-2"))
     assert not world.errors
     assert kept(world)["tosses"] == 1
-    assert again(world).draw == world.coordinator._draw is not None
+    assert again(world).draw == world.coordinator.engine.draw is not None
     assert again(world).number == 0

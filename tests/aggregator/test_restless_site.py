@@ -25,7 +25,7 @@ class SettingUp(Stage):
 
     def __init__(self, folder: Path, *, sites: int) -> None:
         super().__init__(folder, sites=sites, rounds=8, waits={"prepared_rounds": 4, "silence_seconds": 1000.0})
-        self.core._progress = replace(self.core._progress, stage="training")
+        self.core.engine.progress = replace(self.core.engine.progress, stage="training")
         self.after: dict[str, int] = {}
         self.epochs: dict[str, EpochClient] = {}
 
@@ -110,7 +110,7 @@ def test_a_site_that_comes_back_in_every_set_up_does_not_hold_up_the_run(tmp_pat
         stage.set_up(STEADY, restless=RESTLESS)
         assert stage.kinds(STEADY) == {"ask"}, "the keys serve a question before others are set up"
         stage.round(STEADY)
-        assert stage.core._progress.state.step == done + 1
+        assert stage.core.engine.progress.state.step == done + 1
         # Who came meanwhile does not wait for longer than that: the next keys are set up with it.
         assert stage.kinds(FIVE) == {"prepare"}
     stage.begin_set_up(FIVE)
@@ -120,7 +120,7 @@ def test_a_site_that_comes_back_in_every_set_up_does_not_hold_up_the_run(tmp_pat
         stage.epochs[name].receive_shares(stage.relay(name, "done"))
     for _ in range(4):  # all slots, once nobody is restless
         stage.round(FIVE)
-    assert stage.core._progress.state.step == 7
+    assert stage.core.engine.progress.state.step == 7
     assert not [attempt for attempt in stage.attempts if "aborted" in attempt]
 
 
@@ -135,10 +135,10 @@ def test_without_that_rule_nothing_is_ever_asked(tmp_path: Path, monkeypatch: py
     stage = SettingUp(tmp_path, sites=5)
     stage.all_join()
     for number in range(6):
-        assert stage.core._epochs == number + 1
+        assert stage.core.engine.epochs == number + 1
         stage.set_up(STEADY, restless=RESTLESS)
         assert stage.kinds(STEADY) == {"prepare"}
-    assert stage.core._progress.state.step == 0
+    assert stage.core.engine.progress.state.step == 0
 
 
 def test_set_ups_that_leave_too_few_with_keys_come_to_an_end(tmp_path: Path) -> None:

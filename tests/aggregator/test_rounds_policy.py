@@ -102,7 +102,7 @@ class Table:
         self.world = World(folder, sites=sites, rounds=rounds, waits={**given, **waits})
         self.world.settings = self.world.settings.model_copy(update={"evaluation": EvaluationConfig(when=())})
         self.core = self.world.start()
-        self.now = self.core._waiting_since
+        self.now = self.core.engine.waiting_since
         self.hands = [Hand(self, name) for name in self.world.names[:present]]
         self.least = Thresholds.choose(self.world.settings.cohort_size()).min_survivors
         self.tick()
@@ -141,7 +141,7 @@ def test_a_phase_goes_on_with_a_quorum_at_its_deadline_and_not_before(tmp_path: 
     before, after = ALL[: ALL.index(phase)], ALL[ALL.index(phase) + 1 :]
     table.play(table.hands, *before)
     table.play(quick, phase)
-    standing = table.core._attempt
+    standing = table.core.engine.attempt
     assert standing is not None
     assert standing.waiting_for() == (slow.name,), "it is there, and has not answered"
     table.tick(wait - 0.5)
@@ -189,7 +189,7 @@ def test_attempts_are_bounded_and_the_last_reason_is_told(tmp_path: Path) -> Non
 
 def test_a_late_joiner_takes_part_from_the_next_round_on(tmp_path: Path) -> None:
     table = Table(tmp_path, present=4)
-    assert table.core._attempt is None, "the first question waits for everybody"
+    assert table.core.engine.attempt is None, "the first question waits for everybody"
     table.tick(START + 1)
     early = list(table.hands)
     table.play(early, "advertise")
@@ -233,7 +233,7 @@ def toss(table: Table) -> None:
 def test_a_drawn_round_asks_its_cohort_and_nobody_takes_the_place_of_the_missing(tmp_path: Path) -> None:
     table = Table(tmp_path, sites=7, cohort=5)
     toss(table)
-    draw = table.core._draw
+    draw = table.core.engine.draw
     assert draw is not None
     drawn = [hand for hand in table.hands if hand.name in draw.cohort(0)]
     assert [hand.name for hand in table.hands if hand.was_asked()] == [hand.name for hand in drawn]
@@ -253,14 +253,14 @@ def test_a_drawn_round_asks_its_cohort_and_nobody_takes_the_place_of_the_missing
 
 def test_a_late_joiner_is_drawn_like_the_others_and_gets_the_record(tmp_path: Path) -> None:
     table = Table(tmp_path, sites=7, present=6, cohort=5)
-    assert not table.core._tossing, "the draw waits for everybody, like the first question"
+    assert not table.core.engine.tossing, "the draw waits for everybody, like the first question"
     table.tick(START + 1)
     toss(table)
     late = Hand(table, table.world.names[6])
     raw = late.last("prepare").descriptor
     record = Record.parse(raw, roster=late.identity.roster)
     assert list(record.reveals) == table.world.names[:6]
-    assert draw_of(table.world.settings, record) == table.core._draw
+    assert draw_of(table.world.settings, record) == table.core.engine.draw
     assert late.name in {name for step in range(3) for name in draw_of(table.world.settings, record).cohort(step)}
     assert all(hand.last("prepare").descriptor == raw for hand in table.hands)
 
@@ -269,16 +269,16 @@ def test_an_aggregator_that_ends_in_a_toss_goes_on_with_the_next_one(tmp_path: P
     table = Table(tmp_path, cohort=3)
     assert Toss.parse(table.hands[0].last("prepare").descriptor).number == 0
     table.core = table.world.start()
-    table.now = table.core._waiting_since
+    table.now = table.core.engine.waiting_since
     table.hands = [Hand(table, name) for name in table.world.names]
     table.tick()
     assert Toss.parse(table.hands[0].last("prepare").descriptor).number == 1
     toss(table)
-    known = table.core._draw
+    known = table.core.engine.draw
     assert known is not None
     # And one that ends after it keeps the draw.
     table.core = table.world.start()
-    assert table.core._draw == known
+    assert table.core.engine.draw == known
     back = Hand(table, table.world.names[0])
     assert draw_of(
         table.world.settings, Record.parse(back.last("prepare").descriptor, roster=back.identity.roster)
@@ -288,15 +288,15 @@ def test_an_aggregator_that_ends_in_a_toss_goes_on_with_the_next_one(tmp_path: P
 def test_a_drawn_round_below_its_quorum_waits_for_its_own_sites(tmp_path: Path) -> None:
     table = Table(tmp_path, sites=7, cohort=5)
     toss(table)
-    draw = table.core._draw
+    draw = table.core.engine.draw
     assert draw is not None
     gone = [hand for hand in table.hands if hand.name in draw.cohort(0)][:2]
     for hand in gone:
         table.core.beat(hand.name, hand.token, table.now, "FS-1720")
     table.tick(PHASE + 1)
-    assert table.core._attempt is None
+    assert table.core.engine.attempt is None
     assert all(hand.name in table.core.reason(table.now) for hand in gone)
     back = Hand(table, gone[0].name)
     table.tick()
-    assert table.core._attempt is not None
+    assert table.core.engine.attempt is not None
     assert back.was_asked() == [1]

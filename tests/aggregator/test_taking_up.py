@@ -183,7 +183,7 @@ def test_every_change_of_state_is_a_row_and_follows_the_rules(tmp_path: Path) ->
 
 def test_a_state_that_cannot_follow_is_a_defect(tmp_path: Path) -> None:
     world = World(tmp_path)
-    account: Account = world.start()._account
+    account: Account = world.start().engine.account
     with pytest.raises(AssertionError, match="cannot follow"):
         account.move(RunState.UNMASK)
 
@@ -193,11 +193,11 @@ def test_a_run_that_is_over_and_untold_is_told_by_the_next_process(tmp_path: Pat
     world.start()
     world.run(*(world.take_part(name) for name in world.names))
     run, first = world.coordinator.run, world.coordinator.outcome
-    tensors = dict(world.coordinator._progress.state.tensors)
+    tensors = dict(world.coordinator.engine.progress.state.tensors)
     Switch(world).restart()
     assert world.coordinator.run == run
     assert world.coordinator.outcome == first
-    for name, value in world.coordinator._progress.state.tensors.items():
+    for name, value in world.coordinator.engine.progress.state.tensors.items():
         np.testing.assert_array_equal(value, tensors[name])
     request = pb.JoinRequest(protocol=1, session=bytes(16), roster_hash=world.coordinator._identity.roster.hash)
     world.coordinator.join("site-1", request, 0.0)
@@ -282,7 +282,7 @@ def test_a_run_can_be_paused_and_goes_on(tmp_path: Path) -> None:
     world = World(tmp_path, rounds=3)
     core = world.start()
     core.obey("pause", time.monotonic())
-    assert core._account.state is RunState.PAUSED
+    assert core.engine.account.state is RunState.PAUSED
     threading.Thread(target=lambda: resume_when(world, lambda: all_there(world)), daemon=True).start()
     world.run(*(world.take_part(name) for name in world.names))
     assert not world.errors
@@ -318,7 +318,7 @@ def test_a_run_that_is_stopped_tells_its_sites_and_stays_over(tmp_path: Path) ->
     core = world.start()
 
     def stop_after_a_round() -> None:
-        while core._account.round < 3:
+        while core.engine.account.round < 3:
             time.sleep(0.01)
         with world.gate:
             core.obey("stop", time.monotonic())
@@ -339,7 +339,7 @@ def test_another_run_at_the_same_aggregator_is_no_session_to_go_on_with(tmp_path
     switch = Switch(world)
 
     def another_run() -> None:
-        while world.coordinator._account.round < 2:
+        while world.coordinator.engine.account.round < 2:
             time.sleep(0.01)
         with world.gate:
             want(world.database, "", "stop", world.settings)

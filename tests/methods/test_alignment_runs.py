@@ -178,7 +178,7 @@ def aligned_world(folder: Path, *, noise: str = "distributed", rounds: int = 3, 
 def run(world: World) -> None:
     changes = {"target_file": world.folder / "target.safetensors"}
     core = world.start()
-    core.config = core.config.model_copy(update={**changes, "encoder_file": world.features})
+    core.engine.config = core.config.model_copy(update={**changes, "encoder_file": world.features})
     world.run(*(world.take_part(name, changes=changes) for name in world.names))
     assert not world.errors, world.errors
     assert core.outcome is not None

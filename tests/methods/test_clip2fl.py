@@ -279,7 +279,7 @@ def test_an_aggregator_without_the_texts_says_so(tmp_path: Path):
     world = world_of(tmp_path, rounds=1)
     world.start()
     core = world.coordinator
-    core.config = core.config.model_copy(update={"encoder_file": None})
+    core.engine.config = core.config.model_copy(update={"encoder_file": None})
     world.run(*(world.take_part(name) for name in world.names))
     assert core.outcome is not None
     assert "FS-1640" in core.outcome["error"]
@@ -290,7 +290,7 @@ def test_an_aggregator_with_the_texts_of_other_classes_says_so(tmp_path: Path):
     write_features(tmp_path / "other.npz", seed=1)
     world.start()
     core = world.coordinator
-    core.config = core.config.model_copy(update={"encoder_file": tmp_path / "other.npz"})
+    core.engine.config = core.config.model_copy(update={"encoder_file": tmp_path / "other.npz"})
     world.run(*(world.take_part(name) for name in world.names))
     assert core.outcome is not None
     assert "FS-1630" in core.outcome["error"]

@@ -113,7 +113,7 @@ def test_an_aborted_attempt_and_a_run_that_is_given_up(tmp_path: Path) -> None:
 def test_a_question_that_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, rounds=1)
     world.start()
-    original = world.coordinator._openings.query
+    original = world.coordinator.engine.openings.query
 
     def cheaper(ask: Any, **facts: Any) -> Any:
         from dataclasses import replace

@@ -68,14 +68,14 @@ def test_tensors_travel_whole(served: Served) -> None:
 
 
 def header_for(served: Served, size: int) -> pb.UploadHeader:
-    assert served.core._attempt is not None
-    return pb.UploadHeader(session=served.tokens["site-1"], ctx=served.core._attempt.ctx, header=b"x", size=size)
+    assert served.core.engine.attempt is not None
+    return pb.UploadHeader(session=served.tokens["site-1"], ctx=served.core.engine.attempt.ctx, header=b"x", size=size)
 
 
 def test_an_upload_that_does_not_fit_is_refused_at_its_header(served: Served) -> None:
     lines, _ = question(served)
-    assert served.core._attempt is not None
-    size = 4 * served.core._attempt.query.length
+    assert served.core.engine.attempt is not None
+    size = 4 * served.core.engine.attempt.query.length
     with pytest.raises(TransportError, match="FS-1504"):
         lines["site-1"].upload(header_for(served, 1 << 40), memoryview(bytes(8)))
     with pytest.raises(FedsecureError, match="FS-1321"):

@@ -45,7 +45,7 @@ class Late(MemoryTransport):
         while not self.done:
             self.world.pass_over(self._site)
             with self._gate:
-                attempt = core._attempt  # type: ignore[attr-defined]
+                attempt = core.engine.attempt  # type: ignore[attr-defined]
                 self.done = attempt is None or attempt.phase is not Phase.MASKED
             time.sleep(0.01)
         super().upload(header, payload)
