@@ -14,7 +14,7 @@ from typing import TypeVar
 
 from google.protobuf.message import Message
 
-from fedsecure.errors import FedsecureError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, TransportError
 from fedsecure.transport.status import RETRY_AFTER
 from fedsecure.wire import federation_pb2 as pb
 
@@ -36,8 +36,8 @@ class Answers:
     def once(self, site: str, request: Changing, act: Callable[[], _Reply]) -> _Reply:
         """The answer to a request: of ``act``, or the one that the same request got before.
 
-        A refusal is an answer too, but for those of one moment (:data:`~fedsecure.transport.status.RETRY_AFTER`). What
-        fails in any other way is no answer.
+        A refusal is an answer too, but for those of one moment (:data:`~fedsecure.transport.status.RETRY_AFTER`) and
+        what is wrong with this machine. What fails in any other way is no answer.
 
         Raises:
             TransportError: as :meth:`find`.
@@ -48,7 +48,7 @@ class Answers:
         try:
             reply = act()
         except FedsecureError as error:
-            if error.code not in RETRY_AFTER:
+            if error.code not in RETRY_AFTER and not isinstance(error, EnvironmentProblem):
                 self.keep(site, request, error)
             raise
         self.keep(site, request, reply)

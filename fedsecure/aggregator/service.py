@@ -36,6 +36,8 @@ from fedsecure.wire import federation_pb2_grpc as rpc
 
 POLL_SECONDS = 10.0
 TICK_SECONDS = 0.25
+# After a failure of this machine's disk or database a call may come again.
+_MENDED_SECONDS = 2.0
 _Context = grpc.aio.ServicerContext[Any, Any]
 log = logging.getLogger("fedsecure.aggregator")
 
@@ -267,9 +269,16 @@ class _Call:
             await self._decline(error)
 
     async def _decline(self, error: Exception) -> NoReturn:
-        """Answer with the typed error. What is none stays in this log, with its trace, and leaves as a code only."""
-        if not isinstance(error, FedsecureError):
+        """Answer with the typed error. What is none stays in this log, with its trace, and leaves as a code only.
+
+        So does what is wrong with this machine: a site would take a full disk for its own, and leave. It tries again.
+        """
+        again = _MENDED_SECONDS if isinstance(error, EnvironmentProblem) else None
+        if again is not None:
+            log.error("a call failed: %s", error)
+        elif not isinstance(error, FedsecureError):
             log.error("a call failed", exc_info=error)
+        if again is not None or not isinstance(error, FedsecureError):
             error = RunError(
                 "FS-1718",
                 "the aggregator failed to handle this call",
@@ -288,7 +297,7 @@ class _Call:
             with service._limits.holding(self._site) as held:
                 if held:
                     await asyncio.sleep(RETRY_AFTER[error.code])
-        await self._context.abort(code, to_details(error))
+        await self._context.abort(code, to_details(error, again=again))
         raise AssertionError("abort raises")
 
 

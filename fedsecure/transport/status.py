@@ -28,12 +28,13 @@ def printable(text: str, *, limit: int = _LIMIT) -> str:
     return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in text[:limit])
 
 
-def to_details(error: errors.FedsecureError) -> str:
-    """The error as the details of a gRPC status."""
+def to_details(error: errors.FedsecureError, *, again: float | None = None) -> str:
+    """The error as the details of a gRPC status; ``again``: the seconds after which the call may come again, where the
+    code does not say."""
     texts = {"code": error.code, "found": error.found, "expected": error.expected, "cure": error.cure}
     fields: dict[str, object] = {name: text[:_LIMIT] for name, text in texts.items()}
-    if error.code in RETRY_AFTER:
-        fields["retry_after"] = RETRY_AFTER[error.code]
+    if again is not None or error.code in RETRY_AFTER:
+        fields["retry_after"] = RETRY_AFTER.get(error.code, again)
     return json.dumps(fields)
 
 

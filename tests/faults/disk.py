@@ -140,13 +140,16 @@ def watched(disks: Disks) -> Iterator[None]:
         return real_open(path, flags, *arguments, **named)
 
     def fsync(descriptor: int) -> None:
-        # No boundary: what counts for a killed process is the write, and for its readers the renaming.
+        # What counts for a killed process is the write, and for its readers the renaming; a log is not renamed.
         # A folder has its room.
         full = disks.full and disks.is_full(disks.stage.process)
         if full and stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise no_room()
         if disks.stage.process is None:
             real_fsync(descriptor)
+        elif os.readlink(f"/proc/self/fd/{descriptor}").endswith("/audit.log"):
+            disks.boundary("append audit.log", "before")
+            disks.boundary("append audit.log", "after")
 
     def replace(source: Any, target: Any, **named: Any) -> None:
         process = disks.mine(target)

@@ -13,6 +13,8 @@ from faults.basis import Vector, vector_of
 from faults.world import PARAMETERS, SimulatedWorld
 from safetensors.numpy import load
 
+from fedsecure.audit_log import PURPOSE, verify
+from fedsecure.identity import keys
 from fedsecure.privacy.ledger import Ledger
 
 # Steps within which two more sums come out, from any state, once nothing goes wrong any more.
@@ -31,6 +33,8 @@ def check_everything(world: SimulatedWorld) -> None:
     check(world)
     for name in world.names:
         check_budget(world, name)
+    for name in (*world.names, "aggregator"):
+        check_audit_log(world, name)
 
 
 def check_sums(world: SimulatedWorld) -> None:
@@ -118,6 +122,18 @@ def check_budget(world: SimulatedWorld, name: str) -> None:
         assert given <= paid, given - paid
         if paid:
             assert len(ledger.spent(f"{name}-train", "train")) == paid.total()
+
+
+def check_audit_log(world: SimulatedWorld, name: str) -> None:
+    """The log's chain holds, its checkpoints are the member's, and no line that was once there is gone."""
+    file = world.audit_log(name)
+    if file.exists():
+        public = keys.public_bytes(world.ground.identities[name].signing_key)
+
+        def signed(body: bytes, signature: bytes) -> bool:
+            return keys.verify(public, PURPOSE, body, signature)
+
+        world.heads[name] = verify(file, head=world.heads.get(name), check=signed).head
 
 
 def check_progress(world: SimulatedWorld) -> int:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from faults.baton import Actor, Killed
 
-from fedsecure.errors import TransportError
+from fedsecure.errors import FedsecureError, TransportError
 from fedsecure.wire import federation_pb2 as pb
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 Kind = Literal["join", "next", "send", "upload", "fetch", "beat", "gone"]
 # What a site's transport says again by itself.
-BUSY = ("FS-1510", "FS-1511", "FS-1512")
+BUSY = ("FS-1510", "FS-1511", "FS-1512", "FS-1718")
 
 
 class Broken(Exception):
@@ -117,6 +117,7 @@ class SimulatedTransport:
             named.CopyFrom(request)
             named.request = hashlib.sha256(b"call %d" % world.next_call()).digest()[:16]
             request = named
+        problem: FedsecureError | None
         give_up, pause = world.stage.now + self._patience, 0.1
         while True:
             if self._process.dead:
@@ -124,12 +125,13 @@ class SimulatedTransport:
             try:
                 return world.call(self._process, kind, request, payload)
             except Broken:
-                pass
-            except TransportError as error:
+                problem = None
+            except FedsecureError as error:
                 if error.code not in BUSY:
                     raise
+                problem = error
             if world.stage.now + pause > give_up:
-                raise TransportError(
+                raise problem or TransportError(
                     "FS-1501", "no answer in the simulated world", expected="an aggregator", cure="start it again"
                 )
             world.stage.sleep(pause)

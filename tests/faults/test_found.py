@@ -58,3 +58,16 @@ def test_a_full_disk_at_the_aggregator_is_no_reason_for_a_site_to_leave(monkeypa
         assert not world.endings
         (attempts,) = [attempts for _, attempts in recorded(world).values()]
         assert "No space left on device" in attempts[0]["outcome"]["aborted"]
+
+
+def test_a_site_that_joins_while_the_aggregators_disk_is_full_waits_for_it() -> None:
+    """The audit log's FS-1820 went to the site that joined, which took it for its own and ended."""
+    with simulated() as world:
+        world.fill_disk("aggregator")
+        until(world, lambda: "the aggregator cannot: FS-1820" in world.log)
+        for _ in range(30):
+            world.step()
+        world.free_disk("aggregator")
+        check_progress(world)
+        check_everything(world)
+        assert not world.endings

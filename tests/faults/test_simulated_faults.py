@@ -24,11 +24,19 @@ from hypothesis.stateful import (
 )
 
 SITES = tuple(f"site-{i}" for i in range(1, 5))
-SITE_POINTS = ("", "commit ledger.db", "rename ledger.db.head", "rename latch.json", "rename usage.json")
+SITE_POINTS = (
+    "",
+    "commit ledger.db",
+    "rename ledger.db.head",
+    "rename latch.json",
+    "rename usage.json",
+    "append audit.log",
+)
 AGGREGATOR_POINTS = (
     "",
     "rename federation.json",
     "rename model.safetensors",
+    "append audit.log",
     "commit aggregator.db",
     *(f"commit {name}" for name in WRITES if name not in ("move", "computed")),
     *(f"commit move {state}" for state in ("shares", "masked", "survivors", "unmask", "keys", "waiting")),

@@ -33,7 +33,9 @@ from fedsecure.aggregator.answers import Answers
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.database import Database
 from fedsecure.aggregator.happenings import Happening
+from fedsecure.aggregator.listening import listening
 from fedsecure.aggregator.store import RunStore, begin, unfinished
+from fedsecure.audit_log import Head
 from fedsecure.client import Client, Receipt
 from fedsecure.config import (
     DatasetConfig,
@@ -48,7 +50,7 @@ from fedsecure.config import (
     SiteEntry,
 )
 from fedsecure.data.loading import read_feature_header
-from fedsecure.errors import FedsecureError, RunError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, RunError, TransportError
 from fedsecure.files import make_folder
 from fedsecure.identity import certificates, keys
 from fedsecure.identity.provision import Identity, load_identity, provision
@@ -78,11 +80,13 @@ ENDINGS = {
     "FS-1703": "an earlier process of the site still counts as there",
     "FS-1709": "the run was given up",
     "FS-1711": "nothing of use for wait_seconds",
+    "FS-1718": "the aggregator's disk stayed full",
     "FS-1737": "the run has ended while the site was cut off, and another one has begun",
+    "FS-1820": "no room for the audit log",
     "FS-1802": "no room for the site's own files",
 }
 
-DISK = ("FS-1250", "FS-1255", "FS-1263", "FS-1349", "FS-1802")
+DISK = ("FS-1250", "FS-1255", "FS-1263", "FS-1349", "FS-1802", "FS-1820")
 
 
 @dataclass(slots=True)
@@ -185,7 +189,7 @@ class SimulatedWorld:
         self._patches.enter_context(patch.object(registry, "_load", load))
         # Tens of thousands of warnings about what this world does on purpose.
         self._patches.enter_context(patch.object(logging.getLogger("fedsecure"), "disabled", True))
-        for name in ("aggregator", "client", "privacy.ledger"):
+        for name in ("aggregator", "client", "identity", "privacy.ledger"):
             self._patches.enter_context(patch.object(logging.getLogger(f"fedsecure.{name}"), "disabled", True))
         self.ground = ground(self.sites, self.rounds, self.prepared)
         self.names = list(self.ground.settings.sites)
@@ -193,6 +197,7 @@ class SimulatedWorld:
         self.core: Coordinator | None = None
         self.database: Database | None = None
         self.happened: list[Happening] = []
+        self.heads: dict[str, Head] = {}  # of the audit logs, when they were last checked
         self.receipts: list[tuple[str, bytes, Receipt]] = []
         self.core_over_at = 0.0
         self.processes: dict[str, SiteProcess] = {}
@@ -444,11 +449,14 @@ class SimulatedWorld:
             if call is not None and not call.over and call not in self.parked:
                 self._reply(call, Broken())
             return False, None
+        except EnvironmentProblem as error:
+            self.log.append(f"the aggregator cannot: {error.code}")
+            answer: BaseException = RunError("FS-1718", error.found, expected="an answer", cure="see its log")
         except FedsecureError as error:
-            answer: BaseException = error
+            answer = error
         except Exception as error:
             self.surprises.append(f"aggregator: {error!r}")
-            answer = RunError("FS-1718", "the aggregator failed", expected="an answer", cure="see its log")
+            answer = RunError("FS-1719", "the aggregator failed", expected="an answer", cure="see its log")
         finally:
             self.stage.owner = None
         assert call is not None, answer
@@ -478,15 +486,21 @@ class SimulatedWorld:
         def clock() -> float:
             return self.stage.now
 
+        def told(happening: Happening) -> None:
+            heard(happening)
+            self.happened.append(happening)
+
         try:
             self.database = Database("", make_folder(config.state))
             store = unfinished(self.database, config, clock=clock) or begin(self.database, config, run, clock=clock)
+            identity = self.ground.identities["aggregator"]
+            heard = listening(config, identity, run=store.run.hex(), metrics=None)
             self.core = Coordinator(
                 config,
-                self.ground.identities["aggregator"],
+                identity,
                 store=store,
                 now=self.stage.now,
-                listener=self.happened.append,
+                listener=told,
             )
             if self.core.run not in self.runs:
                 self.runs.append(self.core.run)
@@ -693,6 +707,10 @@ class SimulatedWorld:
             return int(count)
         finally:
             connection.close()
+
+    def audit_log(self, name: str) -> Path:
+        """Of a site, or of the aggregator."""
+        return self.folder / name / "audit.log" if name == "aggregator" else self.folder / name / "state" / "audit.log"
 
     def site_config(self, name: str) -> SiteConfig:
         home = self.folder / name

@@ -15,7 +15,7 @@ import pytest
 from served_world import Served
 
 from fedsecure.aggregator.limits import MAX_CALLS
-from fedsecure.errors import FedsecureError, RunError, TransportError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, RunError, TransportError
 from fedsecure.messages import digest_tensor
 from fedsecure.transport.channel import GrpcTransport
 from fedsecure.transport.status import from_details, printable, to_details
@@ -45,6 +45,22 @@ def test_a_defect_inside_is_a_code_outside_and_the_service_goes_on(
     assert "a path" not in str(caught.value)
     assert "a path" in caplog.text, "the aggregator's own log has it"
     line.beat(pb.BeatRequest(session=served.tokens["site-1"], leaving="none"))
+
+
+def test_a_full_disk_inside_is_no_reason_for_a_site_to_leave(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    line, join, calls = served.line("site-1"), served.core.join, []
+
+    def full_once(*arguments: Any) -> pb.JoinReply:
+        calls.append(1)
+        if len(calls) == 1:
+            raise EnvironmentProblem("FS-1820", "/state/audit.log cannot be written", expected="room", cure="make some")
+        return join(*arguments)
+
+    monkeypatch.setattr(served.core, "join", full_once)
+    roster = served.core._identity.roster
+    request = pb.JoinRequest(protocol=1, session=served.tokens["site-1"], roster_hash=roster.hash)
+    assert line.join(request).run == served.core.run
+    assert len(calls) == 2, "the first answer is not kept for the repeated request"
 
 
 def question(served: Served) -> tuple[dict[str, GrpcTransport], pb.Ask]:
