@@ -181,6 +181,9 @@ class RunSettings(Section):
     def _check(self) -> RunSettings:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must be distinct")
+        shares = len(self.method.class_prior)
+        if shares not in (0, len(self.classes)):
+            raise ValueError(f"class_prior has {shares} shares, one for each of the {len(self.classes)} classes")
         trainers = self.declared_units()
         if len(trainers) < 3:
             raise ValueError(f"{len(trainers)} training sites; a secure sum needs at least 3")

@@ -103,6 +103,8 @@ class MethodConfig(Section):
         learning_rate: ``"auto"`` follows the predicted signal-to-noise.
         temperature: τ of the logits; ``"auto"`` is the adapter's own default.
         average: whether the result is the mean of the adapters of the second half of the rounds.
+        class_prior: public shares of the classes, in their order; their logarithm is added to the logits in training
+            only. Without any, all classes count alike.
         views: how many views of each training image a gradient is the mean of; 1 is the image alone.
         alignment: of the method ``facmic``, with a public target.
         clip2fl: what the method of that name goes by.
@@ -114,6 +116,7 @@ class MethodConfig(Section):
     learning_rate: Literal["auto"] | Positive = "auto"
     temperature: Literal["auto"] | Positive = "auto"
     average: bool = False
+    class_prior: Annotated[tuple[Positive, ...], Field(max_length=10_000)] = ()
     views: Annotated[int, Field(ge=1, le=32)] = 1
     alignment: AlignmentConfig = AlignmentConfig()
     clip2fl: Clip2flConfig = Clip2flConfig()

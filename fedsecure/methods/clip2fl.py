@@ -31,7 +31,7 @@ from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.clip2fl_students import STUDENTS, Linear, check_images
-from fedsecure.methods.cohorts import cohort_of, refuse_draw, refuse_target
+from fedsecure.methods.cohorts import cohort_of, refuse_draw, refuse_prior, refuse_target
 from fedsecure.methods.descent import AdapterDescent, plan_of
 from fedsecure.methods.towers import cautious_rate
 from fedsecure.privacy.grid import distributed_segment
@@ -194,12 +194,13 @@ class FederatedFeatureDescent(AdapterDescent):
         """The run's plan with training and class gradients, both within the target.
 
         Raises:
-            ConfigError: FS-1017 settings that do not go together, FS-1018 a target to align with,
+            ConfigError: FS-1017 settings that do not go together, FS-1018 a target to align with, or a prior,
                 FS-1050 class gradients of a drawn cohort.
             PrivacyError: as :meth:`fedsecure.privacy.plan.Privacy.plan`.
         """
         self.check(settings)
         refuse_target(settings)
+        refuse_prior(settings)
         options = settings.method.clip2fl
         if options.releases:
             refuse_draw(settings)

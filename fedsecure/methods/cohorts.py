@@ -75,6 +75,17 @@ def refuse_draw(settings: RunSettings) -> None:
         )
 
 
+def refuse_prior(settings: RunSettings) -> None:
+    """Refuse shares of the classes, for methods that would ignore them: ConfigError FS-1018."""
+    if settings.method.class_prior:
+        raise ConfigError(
+            "FS-1018",
+            f"method {settings.method.name!r} with class_prior",
+            expected="a method that trains an adapter by gradient steps, such as linear or facmic",
+            cure="leave class_prior out under [method], or name such a method",
+        )
+
+
 def refuse_target(settings: RunSettings) -> None:
     """Refuse a target to align with, for methods that would ignore it: ConfigError FS-1018."""
     if settings.method.alignment.target:

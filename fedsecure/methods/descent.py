@@ -19,7 +19,7 @@ import numpy as np
 
 from fedsecure.config import RunSettings
 from fedsecure.errors import ConfigError
-from fedsecure.learning.adapters import AdapterKind, AdapterSpec
+from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Float32
 from fedsecure.learning.engines import clipped_sum, clipped_units
 from fedsecure.learning.features import Inputs, SiteFeatures
 from fedsecure.learning.objective import CROSS_ENTROPY, Contrast, Objective
@@ -27,7 +27,7 @@ from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
-from fedsecure.methods.cohorts import cohort_of, refuse_target
+from fedsecure.methods.cohorts import cohort_of, refuse_prior, refuse_target
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
 from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
@@ -49,6 +49,7 @@ class AdapterDescent:
         contrast: μ of MOON's term; a site keeps its last adapter for it.
         local_only: why it runs with ``noise = "local"`` only; empty: it runs with either.
         aligns: whether it knows what to do with ``method.alignment``.
+        weighs: whether it knows what to do with ``method.class_prior``.
         inputs: what its records are.
     """
 
@@ -60,6 +61,7 @@ class AdapterDescent:
     contrast: float = 0.0
     local_only: str = ""
     aligns: ClassVar[bool] = False
+    weighs: ClassVar[bool] = True
     inputs: ClassVar[Inputs] = "features"
 
     # --- the aggregator's half --------------------------------------------------------------------------------------
@@ -147,7 +149,7 @@ class AdapterDescent:
         # Before a site's first round there is nothing to be pushed from.
         if self.contrast and state.tensors:
             objective = replace(objective, contrast=Contrast(inputs, state.tensors, strength=self.contrast))
-        return replace(task, objective=objective)
+        return replace(task, objective=objective, log_prior=log_prior_of(settings))
 
     # --- what both halves compute alike from public numbers ---------------------------------------------------------
 
@@ -176,10 +178,12 @@ class AdapterDescent:
 
         Raises:
             ConfigError: FS-1016 distributed noise for a method that is made of local steps, FS-1018 a target to
-                align with for a method that does not.
+                align with, or shares of the classes, for a method that knows nothing of them.
         """
         if not self.aligns:
             refuse_target(settings)
+        if not self.weighs:
+            refuse_prior(settings)
         if self.local_only and settings.privacy.noise != "local":
             raise ConfigError(
                 "FS-1016",
@@ -246,6 +250,14 @@ def averaged(state: ServerState, following: Mapping[str, Tensor], *, rounds: int
     if state.step + 1 == rounds:
         return mean
     return {**following, **{_MEAN + name: value for name, value in mean.items()}}
+
+
+def log_prior_of(settings: RunSettings) -> Float32 | None:
+    """(K,) logarithm of the classes' public shares, which training adds to the logits (facmic.md §5.4-1)."""
+    if not settings.method.class_prior:
+        return None
+    shares = np.array(settings.method.class_prior)
+    return np.asarray(np.log(shares / shares.sum()), np.float32)
 
 
 def _rotation_seed(settings: RunSettings, step: int) -> bytes:

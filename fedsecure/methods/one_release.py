@@ -20,7 +20,7 @@ from fedsecure.learning.shrinkage import class_signal, weight, zero_shot_error
 from fedsecure.learning.task import HeadTask
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
-from fedsecure.methods.cohorts import cohort_of, refuse_draw, refuse_target
+from fedsecure.methods.cohorts import cohort_of, refuse_draw, refuse_prior, refuse_target
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import Privacy, PrivacyPlan
 from fedsecure.privacy.ring16 import RING_BITS
@@ -103,11 +103,12 @@ class OneRelease:
         """The run's privacy plan; its parameters are the released numbers.
 
         Raises:
-            ConfigError: FS-1014 settings of a method of many steps, or of the ring of 16 bits; FS-1018 a target;
-                FS-1050 a drawn cohort.
+            ConfigError: FS-1014 settings of a method of many steps, or of the ring of 16 bits; FS-1018 a target, or
+                shares of the classes; FS-1050 a drawn cohort.
             PrivacyError: as :meth:`fedsecure.privacy.plan.Privacy.plan`.
         """
         refuse_target(settings)
+        refuse_prior(settings)
         refuse_draw(settings)
         method, privacy = settings.method, settings.privacy
         rate = min(settings.sampling_rates().values())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from fedsecure.config import RunSettings
 from fedsecure.learning.features import SiteFeatures
@@ -40,6 +40,7 @@ class TowerDescent(AdapterDescent):
         longest, caution: chosen on validation records of phantoms with the bundled CLIP.
     """
 
+    weighs: ClassVar[bool] = False
     longest: float = 1.0
     caution: float = 1.0
 
