@@ -514,7 +514,7 @@ class Coordinator:
         if attempt is not None:
             attempt.abort()
         # What this process cannot do, on this disk or without those sites, the next one may.
-        final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
+        error.final = final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
         summary = self._account.summary(self._progress)
         outcome = {"complete": False, "code": error.code, "error": str(error), **summary}
         if final:
