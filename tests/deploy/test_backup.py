@@ -19,8 +19,10 @@ from federation_world import World
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.database import Database
 from fedsecure.aggregator.program import only_one
+from fedsecure.aggregator.states import RunState
 from fedsecure.aggregator.store import unfinished
 from fedsecure.identity.provision import load_identity
+from fedsecure.privacy.ledger import Ledger
 from fedsecure.transport.memory import MemoryTransport
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "deploy" / "backup"
@@ -106,6 +108,46 @@ def test_a_running_aggregator_is_backed_up_and_its_run_goes_on_elsewhere(tmp_pat
     assert outcome["complete"]
     summed = [(a["round"], a["stage"]) for a in outcome["attempts"] if "survivors" in a]
     assert summed == [(0, "before"), *((n, "training") for n in range(1, 5)), (5, "after")], "each round once"
+    world.restored.close()  # type: ignore[attr-defined]
+
+
+def test_what_was_asked_after_a_backup_is_not_answered_again(tmp_path: Path, files: Any) -> None:
+    """An older backup is an aggregator set back: it asks what its sites have answered already."""
+    world = World(tmp_path, rounds=30)
+    world.start()
+    here, there = files(world.coordinator.config.state)
+
+    charged: dict[str, int] = {}
+
+    def reached(round: int) -> None:
+        while world.coordinator._account.round < round:
+            time.sleep(0.01)
+
+    def set_back() -> None:
+        reached(2)
+        assert script("backup.sh", here, tmp_path / "backup").returncode == 0
+        reached(12)
+        with world.gate:
+            world.coordinator.obey("pause", time.monotonic())
+        while world.coordinator._account.state is not RunState.PAUSED:  # no answer is under way any more
+            time.sleep(0.01)
+        with world.gate:
+            world.database.close()
+            assert script("restore.sh", tmp_path / "backup", there).returncode == 0
+            world.coordinator = take_up(world, tmp_path / "there" / "state")
+            assert world.coordinator._account.round < 12
+            for name in world.names:
+                with Ledger(tmp_path / name / "ledger.db") as ledger:
+                    charged[name] = len(ledger.spent(f"{name}-train", "train"))
+            world.gate.notify_all()
+
+    world.run(set_back, *(world.take_part(name, transport=Following(world, name)) for name in world.names))
+    assert [getattr(error, "code", error) for error in world.errors.values()] == ["FS-1345"] * len(world.names)
+    assert world.coordinator._account.round < 12, "no sum came of it"
+    for name in world.names:
+        with Ledger(tmp_path / name / "ledger.db") as ledger:
+            ledger.verify()
+            assert len(ledger.spent(f"{name}-train", "train")) == charged[name], "a refusal costs nothing"
     world.restored.close()  # type: ignore[attr-defined]
 
 
@@ -247,6 +289,22 @@ def test_the_kind_of_database_must_be_the_same(tmp_path: Path, backup: tuple[Pat
     assert refused.returncode == 1
     assert "geheim" not in refused.stderr
     assert not (tmp_path / "other").exists()
+
+
+def test_a_password_is_in_no_process_list(tmp_path: Path, backup: tuple[Path, Path, Path]) -> None:
+    """What others of the machine can see of a program is its command line."""
+    _, here, _ = backup
+    program = tmp_path / "bin" / "psql"
+    program.parent.mkdir()
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >{tmp_path}/shown\necho "$PGPASSWORD $PGHOST $PGSSLMODE" >{tmp_path}/hidden\nexit 1\n'
+    )
+    program.chmod(0o755)
+    url = "postgresql+psycopg://u:ge%2Fheim@db.example.org/x?sslmode=verify-full"
+    path = f"{program.parent}:{os.environ['PATH']}"
+    assert script("backup.sh", here, tmp_path / "other", FEDSECURE_DATABASE=url, PATH=path).returncode == 1
+    assert "heim" not in (tmp_path / "shown").read_text()
+    assert (tmp_path / "hidden").read_text() == "ge/heim db.example.org verify-full\n"
 
 
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
