@@ -102,9 +102,14 @@ class ModelError(FedsecureError):
 
 
 class RunError(FedsecureError):
-    """The run as a whole cannot start or go on."""
+    """The run as a whole cannot start or go on.
+
+    Attributes:
+        final: the run is over for good: the same command would begin a new one, with charges of its own.
+    """
 
     families = ("FS-17",)
+    final = False
 
 
 class EnvironmentProblem(FedsecureError):

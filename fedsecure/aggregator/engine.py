@@ -390,7 +390,7 @@ class Engine:
         if attempt is not None:
             attempt.abort()
         # What this process cannot do, on this disk or without those sites, the next one may.
-        final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
+        error.final = final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
         summary = self.account.summary(self.progress)
         outcome = {"complete": False, "code": error.code, "error": str(error), **summary}
         if final:

@@ -17,7 +17,7 @@ from fedsecure.cli.running import demo, init, join, plan, serve, simulate
 from fedsecure.cli.runs import runs
 from fedsecure.cli.using import evaluate, predict
 from fedsecure.cli.watching import status, top
-from fedsecure.errors import FedsecureError
+from fedsecure.errors import FedsecureError, RunError
 
 app = typer.Typer(
     name="fedsecure",
@@ -43,14 +43,18 @@ for name, group in (
 
 
 def main() -> None:
-    """Entry point: a failure made on purpose is one clear message and exit status 1."""
+    """Entry point: a failure made on purpose is one clear message and exit status 1.
+
+    The status is 3 where a run is over for good. A service manager must not start that again by itself: it would begin
+    a new run, and charge the sites for it.
+    """
     try:
         app(prog_name="fedsecure")
     except FedsecureError as error:
         from fedsecure.cli.display import show_error
 
         show_error(error)
-        sys.exit(1)
+        sys.exit(3 if isinstance(error, RunError) and error.final else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -252,6 +252,7 @@ def test_a_full_disk_ends_the_process_and_not_the_run(tmp_path: Path, monkeypatc
     world.run(*(world.take_part(name) for name in world.names))
     assert world.coordinator.failure is not None
     assert world.coordinator.failure.code == "FS-1716"
+    assert not world.coordinator.failure.final
     assert {e.code for e in world.errors.values() if isinstance(e, FedsecureError)} == {"FS-1709"}
     world.errors.clear()
     Switch(world).restart()
@@ -270,6 +271,7 @@ def test_sites_that_did_not_come_are_waited_for_by_the_next_process(tmp_path: Pa
     world.hurry()
     assert world.coordinator.failure is not None
     assert world.coordinator.failure.code == "FS-1701"
+    assert not world.coordinator.failure.final
     Switch(world).restart()
     assert world.coordinator.run == run
     assert world.coordinator.outcome is None
@@ -329,6 +331,7 @@ def test_a_run_that_is_stopped_tells_its_sites_and_stays_over(tmp_path: Path) ->
     assert all("FS-1734" in str(e) for e in world.errors.values())
     assert core.failure is not None
     assert core.failure.code == "FS-1734"
+    assert core.failure.final
     core.close()
     assert unfinished(world.database, core.config) is None
 
