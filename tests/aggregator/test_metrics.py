@@ -201,6 +201,7 @@ def test_callers_that_say_nothing_do_not_keep_others_out(
     served: tuple[Metrics, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, port = served
+    assert operations._Handler.timeout == operations.CALL_SECONDS
     monkeypatch.setattr(operations._Handler, "timeout", 0.2)
     silent = [socket.create_connection(("127.0.0.1", port)) for _ in range(3 * operations.MAX_CALLERS)]
     try:

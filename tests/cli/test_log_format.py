@@ -35,8 +35,10 @@ def test_serve_speaks_json(tmp_path: Path, command: Command) -> None:
     assert ended.status == 1
     lines = [json.loads(line) for line in ended.err.splitlines()]
     assert all({"time", "level", "logger", "message"} <= line.keys() for line in lines)
-    assert lines[0]["message"].startswith("listening on 127.0.0.1:")
-    assert len(lines[0]["run"]) == 32
+    (listening,) = [line for line in lines if line.get("event") == "listening"]
+    assert listening["message"].startswith("listening on 127.0.0.1:")
+    assert len(listening["run"]) == 32
+    assert [line["code"] for line in lines if line.get("event") == "run-ended"] == ["FS-1701"]
     assert (lines[-1]["level"], lines[-1]["code"]) == ("ERROR", "FS-1701")
 
 
