@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 from faults.basis import Vector, vector_of
-from faults.world import PARAMETERS, SimulatedWorld
+from faults.ground import PARAMETERS
+from faults.world import SimulatedWorld
 from safetensors.numpy import load
 
 from fedsecure.audit_log import PURPOSE, verify

@@ -71,6 +71,10 @@ class Network:
     def deliverable(self, now: float) -> list[Packet]:
         return [packet for packet in self.packets if packet.earliest <= now]
 
+    def reply(self, call: Call, now: float, answer: Any) -> None:
+        """Send what becomes of a call."""
+        self.packets.append(Packet("reply", call, now, answer))
+
     def next_time(self, now: float) -> float | None:
         return min((packet.earliest for packet in self.packets if packet.earliest > now), default=None)
 

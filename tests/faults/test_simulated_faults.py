@@ -11,7 +11,8 @@ import pytest
 from faults.disk import When
 from faults.invariants import check, check_everything, check_progress
 from faults.network import Packet
-from faults.world import WRITES, SimulatedWorld
+from faults.service import WRITES
+from faults.world import SimulatedWorld
 from hypothesis import HealthCheck, Phase, seed, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (

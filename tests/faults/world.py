@@ -8,63 +8,35 @@ name their sender (``basis``). The world starts what has ended again, as a servi
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import shutil
 import sqlite3
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
-from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import numpy as np
 from faults.basis import BasisVectors, Vector
-from faults.baton import Killed, Process, Stage
+from faults.baton import Process, Stage
 from faults.disk import Disks, Trap, When, watched
+from faults.ground import ground
 from faults.network import Broken, Call, Kind, Network, Packet, SimulatedTransport
+from faults.service import Host, named_commits
 
-from fedsecure.aggregator.answers import Answers
 from fedsecure.aggregator.coordinator import Coordinator
-from fedsecure.aggregator.database import Database
-from fedsecure.aggregator.happenings import Happening
-from fedsecure.aggregator.listening import listening
-from fedsecure.aggregator.store import RunStore, begin, unfinished
 from fedsecure.audit_log import Head
 from fedsecure.client import Client, Receipt
-from fedsecure.config import (
-    DatasetConfig,
-    EncoderConfig,
-    FederationConfig,
-    MethodConfig,
-    PolicyConfig,
-    PrivacyConfig,
-    RoundsConfig,
-    RunSettings,
-    SiteConfig,
-    SiteEntry,
-)
-from fedsecure.data.loading import read_feature_header
-from fedsecure.errors import EnvironmentProblem, FedsecureError, RunError, TransportError
-from fedsecure.files import make_folder
-from fedsecure.identity import certificates, keys
-from fedsecure.identity.provision import Identity, load_identity, provision
-from fedsecure.identity.standing import Standing
+from fedsecure.config import DatasetConfig, PolicyConfig, SiteConfig
+from fedsecure.errors import FedsecureError
 from fedsecure.messages import Query
 from fedsecure.methods import registry
 from fedsecure.privacy.ledger import Ledger, Limit
-from fedsecure.wire import federation_pb2 as pb
 
-CLASSES = ("a", "b", "c")
-DIMENSION = 8
-PARAMETERS = DIMENSION * len(CLASSES)
-UNITS = 4
-POLL_SECONDS = 10.0
 TICK_SECONDS = 1.0
 RESTART_SECONDS = 3.0
 _EPOCH = datetime(2026, 11, 29, tzinfo=UTC)
@@ -82,10 +54,10 @@ ENDINGS = {
     "FS-1711": "nothing of use for wait_seconds",
     "FS-1718": "the aggregator's disk stayed full",
     "FS-1737": "the run has ended while the site was cut off, and another one has begun",
-    "FS-1820": "no room for the audit log",
     "FS-1802": "no room for the site's own files",
+    "FS-1820": "no room for the audit log",
 }
-
+# Those for which the site's own disk has to have been full.
 DISK = ("FS-1250", "FS-1255", "FS-1263", "FS-1349", "FS-1802", "FS-1820")
 
 
@@ -117,47 +89,6 @@ class Absorbed:
     step: int
     sum: Vector
     survivors: int
-
-
-@dataclass(slots=True)
-class Ground:
-    """What all worlds of one size share: keys, features, settings."""
-
-    folder: Path
-    identities: dict[str, Identity]
-    features: Path
-    settings: RunSettings
-
-
-@cache
-def ground(sites: int, rounds: int, prepared: int) -> Ground:
-    """Keys and settings for ``sites`` sites, made once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="fedsecure-faults-"))
-    names = [f"site-{i + 1}" for i in range(sites)]
-    provision(folder / "keys", federation="world", sites=dict.fromkeys(names, "train"), hosts=("localhost",))
-    rng = np.random.default_rng(0)
-    features = folder / "features.npz"
-    arrays: dict[str, Any] = {"classes": np.array(CLASSES), "text": rng.normal(size=(3, DIMENSION)).astype(np.float32)}
-    for split in ("train", "test"):
-        arrays[f"{split}_x"] = rng.normal(size=(UNITS * sites, DIMENSION)).astype(np.float32)
-        arrays[f"{split}_y"] = np.arange(UNITS * sites, dtype=np.int64) % 3
-    np.savez(features, **arrays)
-    header = read_feature_header(features)
-    waits: dict[str, Any] = {"phase_seconds": 20.0, "training_seconds": 30.0, "silence_seconds": 8.0}
-    settings = RunSettings(
-        name="world",
-        classes=CLASSES,
-        encoder=EncoderConfig(model="features", pretrained="file", dimension=DIMENSION, fingerprint=header.fingerprint),
-        method=MethodConfig(name="basis", rounds=rounds, local_steps=1),
-        privacy=PrivacyConfig(
-            noise_multiplier=40.0, unit="record", max_records_per_unit=1, noise="local", minimum_signal_to_noise=0.0
-        ),
-        rounds=RoundsConfig(**waits, start_seconds=120.0, max_attempts=6, prepared_rounds=prepared),
-        sites={name: SiteEntry(max_units=UNITS) for name in names},
-    )
-    homes = {name: folder / "keys" / "sites" / name / "identity" for name in names}
-    homes["aggregator"] = folder / "keys" / "aggregator" / "identity"
-    return Ground(folder, {name: load_identity(home) for name, home in homes.items()}, features, settings)
 
 
 @dataclass
@@ -193,43 +124,49 @@ class SimulatedWorld:
             self._patches.enter_context(patch.object(logging.getLogger(f"fedsecure.{name}"), "disabled", True))
         self.ground = ground(self.sites, self.rounds, self.prepared)
         self.names = list(self.ground.settings.sites)
-        self.aggregator = Process("aggregator")
-        self.core: Coordinator | None = None
-        self.database: Database | None = None
-        self.happened: list[Happening] = []
         self.heads: dict[str, Head] = {}  # of the audit logs, when they were last checked
         self.receipts: list[tuple[str, bytes, Receipt]] = []
-        self.core_over_at = 0.0
         self.processes: dict[str, SiteProcess] = {}
         self.revoked: set[str] = set()
         self.filled: set[str] = set()  # whose disk was full at some time
         self.stopped: set[str] = set()  # sites that nobody starts again
-        self.parked: list[Call] = []
-        self.uploading: set[str] = set()
-        self.answered_calls = Answers()
-        (self.folder / "aggregator").mkdir()
-        self._roster = self.folder / "aggregator" / "roster.json"
-        self._roster.write_bytes((self.ground.folder / "keys" / "ca" / "roster.json").read_bytes())
-        self.standing = self._members()
         self.skews = dict.fromkeys(self.names, 0.0)
         self.answers: dict[int, Answered] = {}
         self.absorbed_sums: list[Absorbed] = []
-        self.runs: list[bytes] = []
         self.endings: list[tuple[str, str]] = []
         self.surprises: list[str] = []
         self.log: list[str] = []
+        self.host = Host(
+            self.folder / "aggregator",
+            self.ground,
+            self.stage,
+            self.network,
+            self.disks,
+            self.endings,
+            self.surprises,
+            self.log,
+        )
         self.steps = 0
         self._calls = 0
-        self._starts = 0
         self.healthy = False
         self._patches.enter_context(patch("fedsecure.site.line.time", self.stage.time()))
         self._patches.enter_context(patch("fedsecure.site.line.threading", self.stage.threading()))
         self._patches.enter_context(patch("fedsecure.privacy.ledger_store.utc_now", self._utc_now))
         self._patches.enter_context(named_commits(self.disks))
         self._patches.enter_context(watched(self.disks))
-        self.start_aggregator()
+        self.host.start()
         for name in self.names:
             self.start_site(name)
+
+    @property
+    def core(self) -> Coordinator | None:
+        """The coordinator, while its process runs."""
+        return self.host.core
+
+    @property
+    def runs(self) -> list[bytes]:
+        """Ids of all runs, in order."""
+        return self.host.runs
 
     # --- time and steps -----------------------------------------------------------------------------------------------
 
@@ -250,16 +187,11 @@ class SimulatedWorld:
         self.steps += 1
         now = self.stage.now
         if seconds is None:
-            due = [now + TICK_SECONDS, *(call.waits_until for call in self.parked)]
+            due = [now + TICK_SECONDS, *(call.waits_until for call in self.host.parked)]
             due += [t for t in (self.stage.next_time(), self.network.next_time(now)) if t is not None]
             seconds = max(0.0, min(due) - now)
         self.stage.now = now + seconds
-        for call in self.parked:
-            if call.kind == "beat":
-                self._at_aggregator(
-                    call, lambda core, call=call: core.beat(call.site, call.request.session, self.stage.now)
-                )
-        self._tick()
+        self.host.pass_time()
         self._supervise()
 
     def _resume(self, actor: Any) -> None:
@@ -272,7 +204,7 @@ class SimulatedWorld:
         self.stage.resume(actor, outcome)
         if process.dead and not process.ended:
             self._bury(process)
-        self._look()
+        self.host.look()
 
     # --- the network --------------------------------------------------------------------------------------------------
 
@@ -291,7 +223,7 @@ class SimulatedWorld:
 
     def hung_up(self, process: SiteProcess) -> None:
         """A site closes its connection: what it waits for breaks off."""
-        self._break_line(process)
+        self.host.break_line(process)
 
     def deliver(self, packet: Packet) -> None:
         """A packet arrives."""
@@ -305,12 +237,12 @@ class SimulatedWorld:
                 self._go(call.actor, packet.reply)
             return
         if self.core is None:
-            self._reply(call, Broken())
+            self.network.reply(call, self.stage.now, Broken())
         elif packet.what == "body":
-            self._body(call)
+            self.host.body(call)
         else:
-            self._serve(call)
-        self._tick()
+            self.host.serve(call)
+        self.host.tick()
 
     def lose(self, packet: Packet) -> None:
         """The connection that carries a packet breaks, and with it the call."""
@@ -318,8 +250,8 @@ class SimulatedWorld:
         self.log.append(f"lose {packet}")
         self.network.packets.remove(packet)
         if packet.what == "body":
-            self.uploading.discard(packet.call.site)
-        self._reply(packet.call, Broken())
+            self.host.uploading.discard(packet.call.site)
+        self.network.reply(packet.call, self.stage.now, Broken())
 
     def copy(self, packet: Packet, *, delay: float) -> None:
         """A request arrives twice, the second time later."""
@@ -335,204 +267,13 @@ class SimulatedWorld:
         self.log.append(f"hold {packet} {delay}")
         packet.earliest = max(packet.earliest, self.stage.now + delay)
 
-    def _reply(self, call: Call, reply: Any) -> None:
-        self.network.packets.append(Packet("reply", call, self.stage.now, reply))
-
-    # --- the aggregator's service -------------------------------------------------------------------------------------
-
-    def _serve(self, call: Call) -> None:
-        request, site, now = call.request, call.site, self.stage.now
-
-        def handle(core: Coordinator) -> Any:
-            self._caller(site)
-            if call.kind == "upload" and self.answered_calls.find(site, request, pb.Ack) is not None:
-                return None
-            changes = call.kind in ("join", "send") or (call.kind == "beat" and request.leaving)
-            return self.answered_calls.once(site, request, lambda: act(core) or pb.Ack()) if changes else act(core)
-
-        def act(core: Coordinator) -> Any:
-            if call.kind == "join":
-                return core.join(site, request, now)
-            if call.kind == "send":
-                return core.send(site, request, now)
-            if call.kind == "fetch":
-                return core.fetch(site, request.session, request.digest, now)
-            if call.kind == "beat":
-                core.beat(site, request.session, now, request.leaving)
-            elif call.kind == "next":
-                core.poll(site, request.session, request.after, now)
-            elif call.kind == "upload":
-                if site in self.uploading:
-                    raise TransportError("FS-1511", "a second upload", expected="one", cure="none needed")
-                call.buffer = core.expect_upload(site, request, now)
-            return None
-
-        ok, reply = self._at_aggregator(call, handle)
-        if not ok:
-            return
-        if call.kind in ("next", "beat") and not getattr(request, "leaving", ""):
-            call.waits_until = now + POLL_SECONDS
-            self.parked.append(call)
-        elif call.kind == "upload" and call.buffer is not None:
-            self.uploading.add(site)
-            self.network.packets.append(Packet("body", call, now))
-        else:
-            self._reply(call, reply)
-
-    def _body(self, call: Call) -> None:
-        site = call.site
-        self.uploading.discard(site)
-        buffer, call.buffer = call.buffer, None
-        if buffer is None:  # of an aggregator that is gone
-            self._reply(call, Broken())
-            return
-        whole = buffer
-
-        def add(core: Coordinator) -> None:
-            self._caller(site)
-            whole[:] = call.payload
-            core.upload(site, call.request, whole, self.stage.now)
-            self.answered_calls.keep(site, call.request, pb.Ack())
-
-        ok, _ = self._at_aggregator(call, add)
-        if ok:
-            self._reply(call, None)
-
-    def _caller(self, site: str) -> None:
-        """The certificate is a member's now (IdentityError FS-1460)."""
-        known = self.standing.site_of(certificates.fingerprint(self.ground.identities[site].certificate))
-        assert known == site
-
-    def _members(self) -> Standing:
-        """Who may call; the run keeps the roster that it has begun with."""
-        return Standing(self.ground.identities["aggregator"], self._roster, floor=self._roster.with_name("floor"))
-
-    def _look(self) -> None:
-        """Answer the long polls for which there is something now."""
-        for call in list(self.parked):
-            if call.kind == "beat":
-                if self.stage.now >= call.waits_until:
-                    self.parked.remove(call)
-                    self._reply(call, None)
-                continue
-            request = call.request
-            ok, found = self._at_aggregator(
-                call,
-                lambda core, call=call, request=request: core.poll(
-                    call.site, request.session, request.after, self.stage.now
-                ),
-            )
-            if not ok:
-                continue
-            if found is None and self.stage.now >= call.waits_until:
-                assert self.core is not None
-                found = pb.Directive(wait=pb.Wait(reason=self.core.reason(self.stage.now)))
-            if found is not None:
-                self.parked.remove(call)
-                self._reply(call, found)
-
-    def _tick(self) -> None:
-        if self.core is not None:
-            self._at_aggregator(None, lambda core: core.tick(self.stage.now))
-        self._look()
-
-    def _at_aggregator(self, call: Call | None, action: Callable[[Coordinator], Any]) -> tuple[bool, Any]:
-        """Let the aggregator do something for a call; whether it did, and what came of it."""
-        core = self.core
-        if core is None:
-            return False, None
-        self.stage.owner = self.aggregator
-        try:
-            return True, action(core)
-        except Killed:
-            self._aggregator_is_gone()
-            if call is not None and not call.over and call not in self.parked:
-                self._reply(call, Broken())
-            return False, None
-        except EnvironmentProblem as error:
-            self.log.append(f"the aggregator cannot: {error.code}")
-            answer: BaseException = RunError("FS-1718", error.found, expected="an answer", cure="see its log")
-        except FedsecureError as error:
-            answer = error
-        except Exception as error:
-            self.surprises.append(f"aggregator: {error!r}")
-            answer = RunError("FS-1719", "the aggregator failed", expected="an answer", cure="see its log")
-        finally:
-            self.stage.owner = None
-        assert call is not None, answer
-        if call in self.parked:
-            self.parked.remove(call)
-        self._reply(call, answer)
-        return False, None
-
     # --- processes ----------------------------------------------------------------------------------------------------
-
-    def start_aggregator(self) -> None:
-        """Start the aggregator: a new run, or the one it was killed in."""
-        if self.core is not None:
-            return
-        self.log.append("start aggregator")
-        self.aggregator = Process("aggregator")
-        self._starts += 1
-        run = hashlib.sha256(b"run %d" % self._starts).digest()[:16]
-        config = FederationConfig(
-            **self.ground.settings.model_dump(),
-            state=self.folder / "aggregator",
-            identity=self.ground.folder / "keys" / "aggregator" / "identity",
-            encoder_file=self.ground.features,
-        )
-        self.stage.owner = self.aggregator
-
-        def clock() -> float:
-            return self.stage.now
-
-        def told(happening: Happening) -> None:
-            heard(happening)
-            self.happened.append(happening)
-
-        try:
-            self.database = Database("", make_folder(config.state))
-            store = unfinished(self.database, config, clock=clock) or begin(self.database, config, run, clock=clock)
-            identity = self.ground.identities["aggregator"]
-            heard = listening(config, identity, run=store.run.hex(), metrics=None)
-            self.core = Coordinator(
-                config,
-                identity,
-                store=store,
-                now=self.stage.now,
-                listener=told,
-            )
-            if self.core.run not in self.runs:
-                self.runs.append(self.core.run)
-        except Killed:
-            self._aggregator_is_gone()
-        except FedsecureError as error:
-            self._ended("aggregator", error.code)
-            self._aggregator_is_gone()
-        finally:
-            self.stage.owner = None
 
     def kill_aggregator(self) -> None:
         """kill -9."""
         self.steps += 1
         self.log.append("kill aggregator")
-        self._aggregator_is_gone()
-
-    def _aggregator_is_gone(self) -> None:
-        self.log.append("the aggregator is gone")
-        self.core = None
-        if self.database is not None:
-            self.database.close()
-            self.database = None
-        self.core_over_at = self.stage.now
-        self.disks.traps.pop("aggregator", None)
-        self.uploading.clear()
-        self.answered_calls = Answers()
-        parked, self.parked = self.parked, []
-        for packet in self.network.packets:
-            packet.call.buffer = None
-        for call in parked:
-            self._reply(call, Broken())
+        self.host.end()
 
     def start_site(self, name: str) -> None:
         """Start a site's process, unless one is running."""
@@ -577,14 +318,7 @@ class SimulatedWorld:
         self.disks.traps.pop(process.name, None)
         self.stage.kill(process)
         if noticed:
-            self._break_line(process)
-
-    def _break_line(self, process: SiteProcess) -> None:
-        """The service notices that nobody waits for a parked call any more."""
-        for call in [call for call in self.parked if call.process is process]:
-            self.parked.remove(call)
-            token = call.request.session
-            self._at_aggregator(call, lambda core, token=token: core.gone(process.name, token, self.stage.now))
+            self.host.break_line(process)
 
     def _ended(self, name: str, how: str) -> None:
         self.endings.append((name, how))
@@ -604,10 +338,10 @@ class SimulatedWorld:
         core = self.core
         if core is not None and core.finished(now):
             self._ended("aggregator", "complete" if core.outcome and core.outcome["complete"] else "given up")
-            self._at_aggregator(None, lambda core: core.close())
-            self._aggregator_is_gone()
-        if self.core is None and now - self.core_over_at >= RESTART_SECONDS and "aggregator" not in self.stopped:
-            self.start_aggregator()
+            self.host.act(None, lambda core: core.close())
+            self.host.end()
+        if self.core is None and now - self.host.over_at >= RESTART_SECONDS and "aggregator" not in self.stopped:
+            self.host.start()
 
     # --- faults beside the network's ----------------------------------------------------------------------------------
 
@@ -635,16 +369,11 @@ class SimulatedWorld:
         self.skews[name] = 3600.0 * hours
 
     def revoke(self, name: str) -> None:
-        """The coordinator signs a roster without that certificate; from now on every call of it is refused."""
+        """From now on every call of that certificate is refused."""
         self.steps += 1
         self.log.append(f"revoke {name}")
         self.revoked.add(name)
-        before = self.standing.roster
-        entries = tuple(entry for entry in before.entries if entry.site != name)
-        roster = replace(before, version=before.version + 1, entries=entries)
-        draft = self._roster.with_name(f"roster-{roster.version}.json")
-        roster.save(draft, keys.load_private_key(self.ground.folder / "keys" / "ca" / "coordinator.key"))
-        draft.replace(self._roster)
+        self.host.revoke(name)
 
     def _utc_now(self) -> datetime:
         process = self.stage.process
@@ -736,33 +465,9 @@ class SimulatedWorld:
         for process in self.processes.values():
             process.dead = True
             self.stage.kill(process)
-        self.core = None
+        self.host.core = None
         self._patches.close()
         shutil.rmtree(self.folder, ignore_errors=True)
-
-
-# What the aggregator writes down, each a transaction; a transition to a state counts by itself.
-WRITES = ("move", "begin_keys", "open_attempt", "abort_attempt", "sum_attempt", "computed", "end", "close", "take_up")
-
-
-@contextmanager
-def named_commits(disks: Disks) -> Iterator[None]:
-    """The aggregator's commits are boundaries named by what they record: ``commit move shares``."""
-
-    def naming(name: str, write: Callable[..., Any]) -> Callable[..., Any]:
-        def named(*arguments: Any, **keywords: Any) -> Any:
-            disks.doing = f"move {arguments[1]}" if name == "move" else name
-            try:
-                return write(*arguments, **keywords)
-            finally:
-                disks.doing = ""
-
-        return named
-
-    with ExitStack() as patches:
-        for name in WRITES:
-            patches.enter_context(patch.object(RunStore, name, naming(name, getattr(RunStore, name))))
-        yield
 
 
 @contextmanager
