@@ -41,6 +41,8 @@ class Account:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     alarms: list[dict[str, Any]] = field(default_factory=list)
     _open: dict[str, Any] | None = None
+    _bytes_up: int = 0
+    _bytes_down: int = 0
 
     @staticmethod
     def take_up(settings: RunSettings, store: RunStore, listener: Listener, standing: Standing) -> Account:
@@ -60,6 +62,15 @@ class Account:
         log.warning("alarm in round %d: %s: %s", self.round, error.code, reason)
         self.alarms.append({"round": self.round, "code": error.code, "reason": reason})
         self.tell("alarm", code=error.code, reason=reason)
+
+    def carried(self, *, up: int = 0, down: int = 0) -> None:
+        """So many bytes came from sites, and went to them; told with the attempt that they were for."""
+        self._bytes_up, self._bytes_down = self._bytes_up + up, self._bytes_down + down
+
+    def _carried(self) -> dict[str, int]:
+        told = {"bytes_up": self._bytes_up, "bytes_down": self._bytes_down}
+        self._bytes_up = self._bytes_down = 0
+        return told
 
     def move(self, state: RunState) -> None:
         """The run is in ``state`` from here on."""
@@ -100,7 +111,8 @@ class Account:
         self.attempts.append({**record, "seconds": seconds, **outcome})
         self._open, self.state = None, RunState.WAITING
         where = {"round": self.round, "attempt": self.attempt, "stage": record["stage"]}
-        self.tell("attempt-summed", **where, **outcome, seconds=seconds, suspects=dict(suspects))
+        told = {**where, **outcome, "seconds": seconds, "suspects": dict(suspects), **self._carried()}
+        self.tell("attempt-summed", **told)
         self.tell("round-saved", round=self.round, stage=progress.stage, step=progress.state.step)
         if record["stage"] != "training":
             self.tell("evaluated", stage=record["stage"], **progress.evaluations[record["stage"]])
@@ -116,7 +128,7 @@ class Account:
         self.attempts.append({**record, "seconds": seconds, "aborted": reason, "code": code})
         self._open, self.state = None, RunState.WAITING
         where = {"round": self.round, "attempt": self.attempt, "stage": stage}
-        self.tell("attempt-aborted", **where, code=code, reason=reason, seconds=seconds)
+        self.tell("attempt-aborted", **where, code=code, reason=reason, seconds=seconds, **self._carried())
         self.attempt += 1
 
     def computed(self, progress: Progress) -> None:

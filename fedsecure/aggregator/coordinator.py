@@ -122,6 +122,10 @@ class Coordinator:
         """A call of a site broke a rule; ``site`` is empty for a stranger."""
         self.engine.account.tell("site-refused", site=site or "a stranger", code=code)
 
+    def carried(self, token: bytes, *, up: int = 0, down: int = 0) -> None:
+        """So many bytes of messages, vectors and tensors came from the session, or went to it."""
+        self.engine.account.carried(up=up, down=down)
+
     def gone(self, site: str, token: bytes, now: float) -> None:
         """The session's connection broke: two seconds' grace, then it counts as silent until it is heard again."""
         self.sessions.gone(site, token, now)

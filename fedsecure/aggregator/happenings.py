@@ -24,8 +24,8 @@ Kind = Literal[
     "keys-prepared",  # epoch, holders
     "attempt-opened",  # round, attempt, stage, cohort, context
     "phase-closed",  # round, attempt, phase: the one that begins
-    "attempt-summed",  # round, attempt, stage, survivors, seconds; suspects where somebody lied
-    "attempt-aborted",  # round, attempt, stage, code, reason, seconds
+    "attempt-summed",  # round, attempt, stage, survivors, seconds, bytes_up, bytes_down; suspects where somebody lied
+    "attempt-aborted",  # round, attempt, stage, code, reason, seconds, bytes_up, bytes_down
     "round-saved",  # round, stage, step: the state after a sum is on disk
     "evaluated",  # stage, and the evaluation's released figures
     "alarm",  # code, reason: something is odd, and the run goes on

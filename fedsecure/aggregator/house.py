@@ -62,6 +62,9 @@ class House:
             if not site or site in core.settings.sites:
                 core.refused(site, code)
 
+    def carried(self, token: bytes, *, up: int = 0, down: int = 0) -> None:
+        self._core(token).carried(token, up=up, down=down)
+
     def gone(self, site: str, token: bytes, now: float) -> None:
         self._core(token).gone(site, token, now)
 

@@ -113,6 +113,9 @@ async def _serve_runs(
     try:
         await _until_the_end(service, runs, look)
     finally:
+        for one in metrics:
+            if one:
+                one.readiness.not_ready("the aggregator ends")
         look()
         await server.stop(grace=0.5)
     for core in runs:

@@ -84,6 +84,7 @@ class Service(rpc.FederationServicer):
                 now, news = time.monotonic(), asyncio.Event()
                 found = self._core.poll(site, request.session, request.after, now, news.set)
                 if found is not None:
+                    self._core.carried(request.session, down=found.ByteSize())
                     return found
                 if now >= give_up:
                     return pb.Directive(wait=pb.Wait(reason=self._core.reason(now)))
@@ -108,6 +109,7 @@ class Service(rpc.FederationServicer):
         async with self._call(context) as site:
 
             def send() -> pb.Ack:
+                self._core.carried(request.session, up=request.ByteSize())
                 self._core.send(site, request, time.monotonic())
                 self._progress()
                 return pb.Ack()
@@ -123,6 +125,7 @@ class Service(rpc.FederationServicer):
                 await self._uploads.fill(site, partial, stream, still_on=lambda: self._still_on(site, header, context))
                 # Whole: counted, or refused for good; either way nothing of it is needed any more.
                 self._uploads.drop(site, partial)
+                self._core.carried(header.session, up=header.ByteSize() + len(partial.whole))
                 self._core.upload(site, header, partial.whole, time.monotonic())
                 self._answers.keep(site, header, pb.Ack())
                 self._progress()
@@ -176,6 +179,7 @@ class Service(rpc.FederationServicer):
                 while offset < size:
                     self._caller(context)
                     data = self._fetched(site, request)[0][offset : offset + CHUNK_BYTES]
+                    self._core.carried(request.session, down=len(data))
                     yield pb.Chunk(offset=offset, data=data)
                     offset += len(data)
 
