@@ -129,7 +129,7 @@ def test_what_was_asked_after_a_backup_is_not_answered_again(tmp_path: Path, fil
         reached(12)
         with world.gate:
             world.coordinator.obey("pause", time.monotonic())
-        while world.coordinator._account.state is not RunState.PAUSED:  # no answer is under way any more
+        while world.coordinator.engine.account.state is not RunState.PAUSED:  # no answer is under way any more
             time.sleep(0.01)
         with world.gate:
             world.database.close()

@@ -190,7 +190,7 @@ def commands() -> list[tuple[str, list[str]]]:
     found = []
     for file in sorted(DOCS.glob("*.md")):
         for block in blocks(file.read_text(encoding="utf-8"), "sh"):
-            for line in block.text.splitlines():
+            for line in block.text.replace("\\\n", " ").splitlines():
                 words = shlex.split(line, comments=True)
                 if words and words[0] == "fedsecure":
                     found.append((file.name, words[1:]))

@@ -62,7 +62,7 @@ SHARED = {
     "FS-1632": {"learning/adapters.py", "learning/modules.py", "learning/reference.py"},
     "FS-1638": {"learning/distillation.py", "learning/engines.py", "learning/evaluation.py", "learning/features.py"},
     "FS-1674": {"learning/last_block.py", "learning/lora_module.py"},
-    "FS-1707": {"aggregator/coordinator.py", "aggregator/drawing.py"},
+    "FS-1707": {"aggregator/engine.py", "aggregator/drawing.py"},
     "FS-1706": {"aggregator/engine.py", "aggregator/rounds.py"},
     "FS-1709": {"client.py", "simulation/memory.py"},
     "FS-1718": {"aggregator/enrolment.py", "aggregator/service.py"},
