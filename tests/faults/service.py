@@ -199,7 +199,10 @@ class Host:
             answer = RunError("FS-1719", "the aggregator failed", expected="an answer", cure="see its log")
         finally:
             self.stage.owner = None
-        assert call is not None, answer
+        if call is None:  # of the program itself, which ends with it
+            self.endings.append(("aggregator", getattr(answer, "code", "")))
+            self.end()
+            return False, None
         if call in self.parked:
             self.parked.remove(call)
         self.network.reply(call, self.stage.now, answer)

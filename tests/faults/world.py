@@ -120,7 +120,7 @@ class SimulatedWorld:
         self._patches.enter_context(patch.object(registry, "_load", load))
         # Tens of thousands of warnings about what this world does on purpose.
         self._patches.enter_context(patch.object(logging.getLogger("fedsecure"), "disabled", True))
-        for name in ("aggregator", "client", "identity", "privacy.ledger"):
+        for name in ("aggregator", "client", "identity", "privacy.ledger", "run"):
             self._patches.enter_context(patch.object(logging.getLogger(f"fedsecure.{name}"), "disabled", True))
         self.ground = ground(self.sites, self.rounds, self.prepared)
         self.names = list(self.ground.settings.sites)
