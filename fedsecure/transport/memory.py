@@ -35,6 +35,8 @@ class MemoryTransport:
         self._site = site
         self._gate = gate
         self._token = b""
+        # A beat on its way when the line is closed must not be heard after it.
+        self._closed = False
         self._up = 0
         self._down = 0
 
@@ -91,6 +93,8 @@ class MemoryTransport:
 
     def beat(self, request: pb.BeatRequest) -> None:
         with self._gate:
+            if self._closed:
+                return
             self._core.beat(self._site, request.session, time.monotonic(), request.leaving)
             self._wake()
         if not request.leaving:
@@ -98,6 +102,7 @@ class MemoryTransport:
 
     def close(self) -> None:
         with self._gate:
+            self._closed = True
             self._core.gone(self._site, self._token, time.monotonic())
             self._wake()
 

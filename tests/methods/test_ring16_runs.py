@@ -6,6 +6,7 @@ Rounding is drawn like noise, from the site's generator; with simulation seeds a
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from fractions import Fraction
@@ -216,7 +217,7 @@ def test_the_honest_question_is_accepted_and_each_round_has_its_own_rotation(cli
 def test_a_run_that_16_bits_cannot_hold_is_refused_before_anybody_joins(tmp_path: Path) -> None:
     options = {"minimum_signal_to_noise": 0.0, "noise_multiplier": 4000.0}
     world = World(tmp_path, privacy=options)
-    world.start()
+    world.start().obey("stop", time.monotonic())
     wide = world.settings
     world.settings = wide.model_copy(update={"privacy": wide.privacy.model_copy(update=NARROW)})
     with pytest.raises(PrivacyError, match="FS-1214"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -208,6 +209,7 @@ class Bench:
     def __init__(self, settings: RunSettings, units: UnitFeatures) -> None:
         self.settings, self.site, self.device, self.engine = settings, SITES[0], "cpu", "auto"
         self.features, self._units = run_constants(settings, file=None, device="cpu"), units
+        self.query = SimpleNamespace(cohort=tuple(settings.declared_units()))
 
     def units(self, population: str) -> UnitFeatures:
         return self._units

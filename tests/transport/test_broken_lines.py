@@ -134,4 +134,4 @@ def test_a_site_whose_own_certificate_is_refused_is_told_so(served: Served, tmp_
     stranger = load_identity(made.sites["site-1"])
     mixed = replace(own(served), tls_key=stranger.tls_key, certificate=stranger.certificate)
     with pytest.raises(IdentityError, match="FS-1453.*certificate of this site"):
-        greet(f"localhost:{served.port}", mixed, seconds=1.0)
+        greet(f"localhost:{served.port}", mixed, seconds=5.0)

@@ -108,7 +108,7 @@ def test_a_tensor_that_is_broadcast_no_more_is_an_aborted_attempt(tmp_path: Path
             while not self.waited:
                 world.pass_over("site-5")
                 with self._gate:
-                    self.waited = request.digest not in self._core._broadcast.blobs  # type: ignore[attr-defined]
+                    self.waited = request.digest not in self._core.engine.broadcast.blobs  # type: ignore[attr-defined]
                 time.sleep(0.01)
             return super().fetch(request)
 
