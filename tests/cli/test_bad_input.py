@@ -196,6 +196,7 @@ def test_demo_does_not_replace_the_folder_it_runs_in(
     assert snapshot(tmp_path) == {".fedsecure-demo": b""}
 
 
+@pytest.mark.slow
 def test_what_a_site_cannot_read_reaches_the_user_and_the_earlier_result_stays(
     command: Command, tmp_path: Path, features_file: Path
 ) -> None:

@@ -39,6 +39,7 @@ def rounds_of(deployment: Deployment) -> list[dict[str, Any]]:
         database.close()
 
 
+@pytest.mark.slow
 def test_the_aggregator_never_loads_torch_and_stays_small(deploy: Any) -> None:
     deployment = deploy(rounds=3)
     deployment.serve()
@@ -73,6 +74,7 @@ def test_killing_one_of_five_in_the_middle_of_a_round_does_not_lose_it(deploy: A
     assert "site-4" not in records[-1]["survivors"]
 
 
+@pytest.mark.slow
 def test_killing_below_the_threshold_aborts_with_the_reason_and_the_next_attempt_is_new(deploy: Any) -> None:
     deployment = deploy(sites=3, rounds=100)
     deployment.serve()
@@ -96,6 +98,7 @@ def test_killing_below_the_threshold_aborts_with_the_reason_and_the_next_attempt
         assert len(ledger.spent("site-2-train", "train")) >= deployment.world.rounds
 
 
+@pytest.mark.slow
 def test_the_aggregator_gone_is_one_clear_error_and_nothing_is_given_back(deploy: Any) -> None:
     deployment = deploy(rounds=400)
     deployment.serve()
@@ -125,6 +128,7 @@ def test_a_port_in_use_is_said(deploy: Any) -> None:
     assert str(port) in done.stderr
 
 
+@pytest.mark.slow
 def test_a_second_join_with_the_same_identity_is_refused(deploy: Any) -> None:
     deployment = deploy()
     deployment.serve()

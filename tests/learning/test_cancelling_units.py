@@ -15,6 +15,7 @@ from fedsecure.learning.units import UnitFeatures
 CLIP, WIDTH = 0.1, 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["closed-form", "opacus"])
 def test_two_almost_equal_scans_with_two_labels_are_clipped_under_hostile_tensors(
     engine: Literal["closed-form", "opacus"],

@@ -30,6 +30,7 @@ def single(task: HeadTask, start: dict[str, Any], units: UnitFeatures, clip: flo
     return clipped_sum(task, start, units, max_grad_norm=clip, device="cpu", precision="float32")
 
 
+@pytest.mark.slow
 def test_two_hundred_random_cases_agree_with_opacus() -> None:
     worst = 0.0
     for seed in range(200):

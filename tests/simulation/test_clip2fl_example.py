@@ -145,6 +145,7 @@ def test_the_private_form_of_clip2fl(example: ModuleType, file: Path, tmp_path: 
     assert float(token["few"]) > 0.5
 
 
+@pytest.mark.slow
 def test_images(example: ModuleType, tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     for split, each in (("train", 8), ("test", 3), ("public", 2)):

@@ -352,6 +352,7 @@ def test_a_certificate_without_tls_1_3_or_without_any_is_no_way_in(served: Serve
         assert caught.value.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED)
 
 
+@pytest.mark.slow
 def test_thousands_of_half_open_connections_keep_nobody_out(served: Served) -> None:
     # Both ends are in this process.
     wanted = 1500
