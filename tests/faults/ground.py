@@ -25,6 +25,7 @@ class Ground:
     """What all worlds of one size share: keys, features, settings."""
 
     folder: Path
+    keeper: tempfile.TemporaryDirectory[str]  # removes the folder when the process ends
     identities: dict[str, Identity]
     features: Path
     settings: RunSettings
@@ -33,7 +34,8 @@ class Ground:
 @cache
 def ground(sites: int, rounds: int, prepared: int) -> Ground:
     """Keys and settings for ``sites`` sites, made once a process."""
-    folder = Path(tempfile.mkdtemp(prefix="fedsecure-faults-"))
+    keeper = tempfile.TemporaryDirectory(prefix="fedsecure-faults-")
+    folder = Path(keeper.name)
     names = [f"site-{i + 1}" for i in range(sites)]
     provision(folder / "keys", federation="world", sites=dict.fromkeys(names, "train"), hosts=("localhost",))
     rng = np.random.default_rng(0)
@@ -58,4 +60,4 @@ def ground(sites: int, rounds: int, prepared: int) -> Ground:
     )
     homes = {name: folder / "keys" / "sites" / name / "identity" for name in names}
     homes["aggregator"] = folder / "keys" / "aggregator" / "identity"
-    return Ground(folder, {name: load_identity(home) for name, home in homes.items()}, features, settings)
+    return Ground(folder, keeper, {name: load_identity(home) for name, home in homes.items()}, features, settings)
