@@ -49,7 +49,15 @@ class Account:
         """The account of a run as a process before this one left it."""
         state = RunState.WAITING if standing.outcome is None else RunState.OVER
         account = Account(settings, store, listener, state, standing.round, standing.attempt, standing.attempts)
-        account.tell("run-resumed", round=standing.round, attempt=standing.attempt)
+        if standing.fresh:
+            account.tell(
+                "run-started", sites=list(settings.sites), method=settings.method.name, rounds=settings.method.rounds
+            )
+            return account
+        # A process killed between a commit and its telling has told nobody: the next one says what stands last.
+        last = standing.attempts[-1] if standing.attempts else {}
+        last = {name: value for name, value in last.items() if name not in ("cohort", "method")}
+        account.tell("run-resumed", round=standing.round, attempt=standing.attempt, last=last)
         return account
 
     def tell(self, kind: Kind, **facts: Any) -> None:

@@ -17,8 +17,9 @@ from fedsecure.aggregator.sessions import Sessions
 from fedsecure.aggregator.states import RunState
 from fedsecure.aggregator.store import RunStore, Wanted
 from fedsecure.config import FederationConfig, RunSettings
-from fedsecure.errors import RunError, TransportError
+from fedsecure.errors import FedsecureError, RunError, TransportError
 from fedsecure.identity.provision import Identity
+from fedsecure.identity.roster import Roster
 from fedsecure.secagg.phases import Phase
 from fedsecure.wire import federation_pb2 as pb
 
@@ -69,6 +70,11 @@ class Coordinator:
         return self.engine.run
 
     @property
+    def roster(self) -> Roster:
+        """The run's: who is in it, and with which keys, from its beginning to its end."""
+        return self._identity.roster
+
+    @property
     def sessions(self) -> Sessions:
         return self.engine.sessions
 
@@ -96,9 +102,14 @@ class Coordinator:
     def join(self, site: str, request: pb.JoinRequest, now: float) -> pb.JoinReply:
         """Open a session; raises as :func:`~fedsecure.aggregator.admission.admit`, and RunError FS-1703 where the
         identity has a live session already."""
-        admit(site, request, settings=self.settings, roster=self._identity.roster)
+        admit(site, request, settings=self.settings, roster=self.roster)
         if self.sessions.open(site, request.session, now):
-            self.engine.account.tell("site-joined", site=site)
+            try:
+                self.engine.account.tell("site-joined", site=site)
+            except FedsecureError:
+                # Nobody is in a run unrecorded: the site's next try is a new session again.
+                self.sessions.close(site)
+                raise
             if self.engine.drawing is not None:
                 self.engine.drawing.tell_record(site)
             if self.engine.ended is not None:

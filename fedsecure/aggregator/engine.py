@@ -101,6 +101,8 @@ class Engine:
         self.ended: pb.Finished | None = None
         self.ended_at = now
         if standing.outcome is not None:
+            # The process that ended the run may have been killed before it said so; twice is better than never.
+            self._tell_the_end(standing.outcome)
             self._say_the_end(standing.outcome, now)
 
     def tick(self, now: float) -> None:
@@ -378,7 +380,7 @@ class Engine:
     def _finish(self, now: float) -> None:
         outcome = {"complete": True, **self.account.summary(self.progress)}
         self.account.end(outcome)
-        self.account.tell("run-ended", complete=True)
+        self._tell_the_end(outcome)
         self._say_the_end(outcome, now)
 
     def _give_up(self, error: RunError, now: float) -> None:
@@ -409,10 +411,18 @@ class Engine:
             except FedsecureError as worse:
                 log.warning("the end of the run is not in the database: %s", worse)
         try:
-            self.account.tell("run-ended", complete=False, code=error.code, reason=error.found, final=final)
+            self._tell_the_end(outcome, final=final)
         except FedsecureError as worse:
             log.warning("the end of the run is not in the audit log: %s", worse)
         self._say_the_end(outcome, now)
+
+    def _tell_the_end(self, outcome: Mapping[str, Any], *, final: bool = True) -> None:
+        if outcome["complete"]:
+            self.account.tell("run-ended", complete=True)
+        else:
+            code = outcome["code"]
+            reason = outcome["error"].removeprefix(f"{code}: ")
+            self.account.tell("run-ended", complete=False, code=code, reason=reason, final=final)
 
     def _say_the_end(self, outcome: dict[str, Any], now: float) -> None:
         if outcome["complete"]:

@@ -14,7 +14,7 @@ log = logging.getLogger("fedsecure.aggregator")
 
 Kind = Literal[
     "run-started",  # sites, method, rounds
-    "run-resumed",  # round, attempt: a new process took the run up again
+    "run-resumed",  # round, attempt: a new process took the run up again; last: the attempt that ended last, and how
     "run-paused",
     "run-continued",
     "run-ended",  # complete; code and reason where it was given up or stopped

@@ -11,11 +11,11 @@ from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-
 from fedsecure.errors import FedsecureError
 from fedsecure.transport.status import to_details
 from fedsecure.transport.tls import grpc
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # isort: skip -- after fedsecure.transport.tls
 
 SERVICE = "fedsecure.v1.Federation"
 MAX_WATCHES = 2

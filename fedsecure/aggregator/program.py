@@ -30,6 +30,7 @@ from fedsecure.errors import ConfigError, FedsecureError, RunError
 from fedsecure.files import make_folder, write_whole
 from fedsecure.identity import certificates
 from fedsecure.identity.provision import Identity, load_identity
+from fedsecure.identity.roster import Roster
 from fedsecure.identity.standing import Standing
 
 Announce = Callable[[str, bytes], None]
@@ -70,7 +71,8 @@ async def _serve(configs: Sequence[FederationConfig], announce: Announce, watch:
     with ExitStack() as held:
         for folder in sorted({config.state for config in configs}):
             held.enter_context(only_one(make_folder(folder)))
-        async with members(configs[0], identity, {site for config in configs for site in config.sites}) as standing:
+        newcomers = {site for config in configs if not _goes_on(config) for site in config.sites}
+        async with members(configs[0], identity, newcomers) as standing:
             return await _serve_runs(
                 held, configs, replace(identity, roster=standing.roster), standing, announce, watch
             )
@@ -84,7 +86,7 @@ async def _serve_runs(
     announce: Announce,
     watch: Watch,
 ) -> list[dict[str, Any]]:
-    pairs = [held.enter_context(_run(config, identity)) for config in configs]
+    pairs = [held.enter_context(_run(config, identity, standing.sealed)) for config in configs]
     runs, metrics = [core for core, _ in pairs], [one for _, one in pairs]
     house = House(runs)
     for core, one in pairs:
@@ -160,12 +162,27 @@ async def _until_the_end(service: Service, runs: Sequence[Coordinator], look: Ca
             task.cancel()
 
 
+def _goes_on(config: FederationConfig) -> bool:
+    """Whether the file's run has begun: it keeps the roster it began with, and waits for no member."""
+    database = open_database(config)
+    try:
+        store = unfinished(database, config)
+        return store is not None and store.begun
+    finally:
+        database.close()
+
+
 @contextmanager
-def _run(config: FederationConfig, identity: Identity) -> Iterator[tuple[Coordinator, Metrics | None]]:
-    """The run of a file, the one that is not over or a new one, and its metrics if anybody may ask for them."""
+def _run(config: FederationConfig, identity: Identity, newest: bytes) -> Iterator[tuple[Coordinator, Metrics | None]]:
+    """The run of a file, the one that is not over or a new one, and its metrics if anybody may ask for them.
+
+    ``newest``: the signed roster in force.
+    """
     database = open_database(config)
     try:
         store = unfinished(database, config) or begin(database, config, os.urandom(16))
+        roster = Roster.opened(store.roster(newest), identity.coordinator_key, name=f"the roster of {store.folder}")
+        identity = replace(identity, roster=roster)
         metrics = Metrics(store.run.hex()) if config.metrics else None
         heard = listening(config, identity, run=store.run.hex(), metrics=metrics)
         try:

@@ -47,7 +47,6 @@ class Service(rpc.FederationServicer):
 
     def __init__(self, coordinator: Coordinator | House, identity: Identity, standing: Standing | None = None) -> None:
         self._core = coordinator
-        self._identity = identity
         self._standing = standing or Standing(identity)
         self._limits = Limits()
         self._answers = Answers()
@@ -63,7 +62,7 @@ class Service(rpc.FederationServicer):
                 settings_json=core.settings.canonical(),
                 unix_ms=time.time_ns() // 1_000_000,
                 waiting=core.reason(time.monotonic()),
-                roster_hash=self._identity.roster.hash,
+                roster_hash=core.roster.hash,
             )
 
     async def Join(self, request: pb.JoinRequest, context: _Context) -> pb.JoinReply:

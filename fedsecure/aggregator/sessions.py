@@ -122,6 +122,10 @@ class Sessions:
         if session is not None and compare_digest(session.token, token):
             session.heard = min(session.heard, now - self._silence + GRACE_SECONDS)
 
+    def close(self, site: str) -> None:
+        """The site has no session any more."""
+        _wake(self._sessions.pop(site, None))
+
     # --- who is there -----------------------------------------------------------------------------------------------
 
     def find(self, site: str) -> Session | None:

@@ -24,7 +24,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
-from sqlalchemy import select
+from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from fedsecure.aggregator.database import AttemptRow, Database, RunRow, TransitionRow
@@ -33,6 +33,7 @@ from fedsecure.aggregator.states import RunState
 from fedsecure.config import FederationConfig, RunSettings
 from fedsecure.errors import RunError
 from fedsecure.files import make_folder, write_whole
+from fedsecure.identity.keys import read
 from fedsecure.methods.base import ServerState
 
 Wanted = Literal["run", "pause", "stop"]
@@ -46,6 +47,7 @@ class Standing:
     """Where a run stands.
 
     Attributes:
+        fresh: no process has served the run before.
         round, attempt: the question that comes next; an attempt that a process ended in counts as over.
         epochs: set-ups of keys begun so far.
         progress: after the last sum; None before the first.
@@ -53,6 +55,7 @@ class Standing:
         attempts: all that are over, as the summary has them.
     """
 
+    fresh: bool
     round: int
     attempt: int
     epochs: int
@@ -152,6 +155,25 @@ class RunStore:
 
     # --- what is there ----------------------------------------------------------------------------------------------
 
+    def roster(self, newest: bytes) -> bytes:
+        """The signed roster that the run began with; ``newest`` from here on where it has none yet.
+
+        Keys, contexts and signatures of a run are those of one roster: a member that was taken out since is refused at
+        every call, and does not keep the others from going on.
+        """
+        if not self.begun:
+            write_whole(self._roster, newest, mode=0o644)
+        return read(self._roster)
+
+    @property
+    def begun(self) -> bool:
+        """Whether a process has served the run."""
+        return self._roster.exists()
+
+    @property
+    def _roster(self) -> Path:
+        return self.folder / "roster.json"
+
     def wanted(self) -> Wanted:
         """What the operator asks for."""
         with self._database.session() as session:
@@ -170,6 +192,8 @@ class RunStore:
         """
         with self._database.session() as session:
             row = self._row(session)
+            moves = select(func.count()).select_from(TransitionRow).where(TransitionRow.run == self._id)
+            fresh = session.scalar(moves) == 1
             for left in self._attempt_rows(session):
                 if not left.outcome:
                     left.outcome, left.seconds = RESTARTED, round(self.clock() - left.opened, 3)
@@ -179,6 +203,7 @@ class RunStore:
             tensors = self._read_model(row.model, row.model_hash) if row.model else {}
             state = ServerState(row.step, tensors, row.facts)
             return Standing(
+                fresh=fresh,
                 round=row.round,
                 attempt=row.attempt,
                 epochs=row.epochs,

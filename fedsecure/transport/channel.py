@@ -180,6 +180,7 @@ class GrpcTransport:
     def _call(self, attempt: Callable[[], _Reply], size: int, retries: Retries | None = None) -> _Reply:
         # Who waits for a small answer counts from the question on.
         retries = retries or Retries(self._patience, since=time.monotonic())
+        closed = False
         while True:
             try:
                 reply = attempt()
@@ -190,9 +191,10 @@ class GrpcTransport:
                     problem = known or self._beyond_repair(error)
                     if problem is not None:
                         raise problem from None
+                closed = closed or _closed(error)
                 pause = retries.pause(time.monotonic(), asked=asked or 0.0)
                 if pause is None:
-                    raise (known or self._gave_up(error)) from None
+                    raise (known or self._gave_up(error, closed=closed)) from None
                 time.sleep(pause)
                 continue
             with self._count:
@@ -236,10 +238,9 @@ class GrpcTransport:
             cure="check this machine's clock; ask the coordinator for a new certificate",
         )
 
-    def _gave_up(self, error: grpc.RpcError) -> FedsecureError:
-        """Why a line never came to be. In TLS 1.3 a client whose certificate is refused only sees the line closed."""
-        text = (error.details() or "").lower()
-        if "failed to connect" in text and "refused" not in text:
+    def _gave_up(self, error: grpc.RpcError, *, closed: bool) -> FedsecureError:
+        """Why a line never came to be; ``closed``: somebody took a connection, and closed it."""
+        if closed:
             problem = self._untrusted()
             if isinstance(problem, IdentityError):
                 return problem
@@ -249,6 +250,15 @@ class GrpcTransport:
             expected="a running aggregator at that address",
             cure="start `fedsecure serve`, check the address and the firewall; what is charged stays charged",
         )
+
+
+def _closed(error: grpc.RpcError) -> bool:
+    """Whether somebody was there and closed the line: in TLS 1.3 a client whose certificate is refused sees no more.
+
+    Of a name with several addresses gRPC tells the failure of one.
+    """
+    text = (error.details() or "").lower()
+    return "failed to connect" in text and "refused" not in text
 
 
 def _fresh_id() -> bytes:

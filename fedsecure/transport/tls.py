@@ -7,12 +7,17 @@ and the federation has none (TLS keys are ECDSA), so that no TLS 1.2 handshake c
 from __future__ import annotations
 
 import os
+import sys
 
-os.environ["GRPC_SSL_CIPHER_SUITES"] = "ECDHE-RSA-AES256-GCM-SHA384"
+# gRPC reads them once, when it is imported.
+_SUITES = "GRPC_SSL_CIPHER_SUITES", "ECDHE-RSA-AES256-GCM-SHA384"
+_TOO_LATE = "grpc" in sys.modules and os.environ.get(_SUITES[0]) != _SUITES[1]
+os.environ[_SUITES[0]] = _SUITES[1]
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 import grpc as grpc
 
+from fedsecure.errors import TransportError
 from fedsecure.identity.provision import Identity
 
 LIMITS = [("grpc.max_receive_message_length", 8 << 20), ("grpc.max_send_message_length", 8 << 20)]
@@ -38,7 +43,8 @@ SERVER_LIMITS = [
 
 
 def server_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """Demands and checks a client certificate of the federation's CA."""
+    """Demands and checks a client certificate of the federation's CA; TransportError FS-1537 without TLS 1.3 alone."""
+    _require_suites()
     return grpc.ssl_server_credentials(
         [(identity.tls_key, identity.certificate)],
         root_certificates=identity.ca,
@@ -54,10 +60,21 @@ def channel_credentials(identity: Identity) -> grpc.ChannelCredentials:
 
 
 def one_sided_credentials(identity: Identity) -> grpc.ServerCredentials:
-    """For callers who have no certificate yet: shows the aggregator's, and asks for none."""
+    """For callers who have no certificate yet: shows the aggregator's, and asks for none; raises as the other."""
+    _require_suites()
     return grpc.ssl_server_credentials([(identity.tls_key, identity.certificate)])
 
 
 def stranger_credentials(ca: bytes) -> grpc.ChannelCredentials:
     """Presents nothing; trusts the CA (PEM) that an invitation pins and nothing else."""
     return grpc.ssl_channel_credentials(root_certificates=ca)
+
+
+def _require_suites() -> None:
+    if _TOO_LATE:
+        raise TransportError(
+            "FS-1537",
+            "grpc was imported in this process before it could be told to speak TLS 1.3 alone",
+            expected="fedsecure.transport.tls before any other import of grpc",
+            cure=f"import it first, or start the process with {'='.join(_SUITES)}",
+        )

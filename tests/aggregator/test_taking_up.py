@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,14 @@ from sqlalchemy import select
 
 from fedsecure.aggregator.account import Account
 from fedsecure.aggregator.database import RunRow, TransitionRow
+from fedsecure.aggregator.happenings import Happening
+from fedsecure.aggregator.program import serve
 from fedsecure.aggregator.states import FOLLOWING, RunState
 from fedsecure.aggregator.store import RunStore, begin, runs_of, unfinished, want
+from fedsecure.config import FederationConfig
 from fedsecure.errors import EnvironmentProblem, FedsecureError, RunError
+from fedsecure.identity import keys
+from fedsecure.identity.provision import load_identity
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
@@ -155,10 +161,19 @@ def test_a_process_killed_at_any_write_loses_no_run(
     numbers = [(a["round"], a["attempt"]) for a in outcome["attempts"]]
     assert len(set(numbers)) == len(numbers), "no number of attempt is used twice"
     assert len({a["context"] for a in outcome["attempts"]}) == len(numbers)
+    assert [h.kind for h in world.happened if h.kind.startswith("run-")] == ["run-started", "run-resumed", "run-ended"]
+    assert told_of(world.happened) == set(numbers), "a listener hears of every attempt, whenever the process ends"
     for name in world.names:
         with Ledger(tmp_path / name / "ledger.db") as ledger:
             ledger.verify()
             assert len(ledger.spent(f"{name}-train", "train")) >= 2, "every training round is charged"
+
+
+def told_of(happened: Iterable[Happening]) -> set[tuple[int, int]]:
+    """Which attempts listeners were told the end of."""
+    ends = [h.facts for h in happened if h.kind in ("attempt-summed", "attempt-aborted")]
+    ends += [h.facts["last"] for h in happened if h.kind == "run-resumed" and h.facts["last"]]
+    return {(end["round"], end["attempt"]) for end in ends}
 
 
 def transitions(world: World) -> list[RunState]:
@@ -278,6 +293,37 @@ def test_sites_that_did_not_come_are_waited_for_by_the_next_process(tmp_path: Pa
     world.run(*(world.take_part(name) for name in world.names))
     assert not world.errors
     assert world.coordinator.outcome is not None
+
+
+def take_out(config: FederationConfig, site: str, authority: Path) -> bytes:
+    """Bring a roster without ``site`` to the aggregator; its hash."""
+    old = load_identity(config.identity).roster
+    new = replace(old, version=old.version + 1, entries=tuple(e for e in old.entries if e.site != site))
+    draft = authority / "next.json"
+    new.save(draft, keys.load_private_key(authority / "coordinator.key"))
+    draft.replace(config.identity / "roster.json")
+    return new.hash
+
+
+@pytest.mark.timeout(120)
+def test_a_run_goes_on_with_its_own_roster_after_a_member_was_taken_out(tmp_path: Path) -> None:
+    world = World(tmp_path, sites=4, waits={"start_seconds": 0.5})
+    config = world.start().config.model_copy(update={"listen": "127.0.0.1:0", "enrolment": "127.0.0.1:0"})
+    world.coordinator.close()
+    world.database.close()
+    runs: list[bytes] = []
+
+    def serve_in_vain() -> None:
+        with pytest.raises(RunError, match="FS-1701"):
+            serve([config], announce=lambda address, run: runs.append(run), watch=lambda status: None)
+
+    serve_in_vain()
+    began_with = load_identity(config.identity).roster.hash
+    assert take_out(config, "site-4", tmp_path / "keys" / "ca") != began_with
+    serve_in_vain()
+    assert runs[0] == runs[1]
+    (kept,) = tmp_path.glob("aggregator/runs/*/roster.json")
+    assert kept.read_bytes() != (config.identity / "roster.json").read_bytes()
 
 
 def test_a_run_can_be_paused_and_goes_on(tmp_path: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from faults.ground import PARAMETERS
 from faults.world import SimulatedWorld
 from safetensors.numpy import load
 
-from fedsecure.audit_log import PURPOSE, verify
+from fedsecure.audit_log import PURPOSE, entries, verify
 from fedsecure.identity import keys
 from fedsecure.privacy.ledger import Ledger
 
@@ -135,6 +136,21 @@ def check_audit_log(world: SimulatedWorld, name: str) -> None:
             return keys.verify(public, PURPOSE, body, signature)
 
         world.heads[name] = verify(file, head=world.heads.get(name), check=signed).head
+        if name == "aggregator":
+            check_told(world, file)
+
+
+def check_told(world: SimulatedWorld, file: Path) -> None:
+    """Of each run's attempts that are over, the last one at most is not in the audit log yet."""
+    told = defaultdict[Any, set[tuple[Any, Any]]](set)
+    for entry in entries(file):
+        facts, last = entry.facts, "last." if entry.event == "run-resumed" else ""
+        if last or entry.event in ("attempt-summed", "attempt-aborted"):
+            told[facts["run"]].add((facts.get(f"{last}round"), facts.get(f"{last}attempt")))
+    for run, (_, records) in recorded(world).items():
+        over = [(record["round"], record["attempt"]) for record in records if record["outcome"]]
+        untold = [where for where in over[:-1] if where not in told[run.hex()]]
+        assert not untold, f"the audit log lacks {untold}"
 
 
 def check_progress(world: SimulatedWorld) -> int:
