@@ -3,6 +3,7 @@
 <state>/address                     host:port the service listens on
 <state>/aggregator.db               runs, attempts and transitions, unless `database` names another place
 <state>/runs/<run>/federation.json  the public settings of the run
+<state>/runs/<run>/roster.json      the signed roster that it began with
 <state>/runs/<run>/model-<n>.safetensors   the method's tensors after the last sum; n counts the sums
 <state>/runs/<run>/status.json      what is going on, for people and progress bars
 
