@@ -22,6 +22,8 @@ from __future__ import annotations
 import re
 from typing import ClassVar
 
+# Exit status of an aggregator whose run is over for good.
+RUN_OVER = 3
 _CODE = re.compile(r"FS-1[0-8]\d\d")
 
 

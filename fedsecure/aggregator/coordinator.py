@@ -25,6 +25,8 @@ from fedsecure.wire import federation_pb2 as pb
 
 # Attempts shown to whoever looks at the run from outside.
 _SHOWN = 20
+# For sites to hear why an attempt ends, where the run does not.
+_LAST_WORDS_SECONDS = 1.0
 
 
 class Coordinator:
@@ -80,7 +82,7 @@ class Coordinator:
 
     @property
     def outcome(self) -> dict[str, Any] | None:
-        """How the run ended, or None while it goes on."""
+        """How the run ended, or this process's part of it; None while it goes on."""
         return self.engine.outcome
 
     @property
@@ -197,9 +199,12 @@ class Coordinator:
         self.engine.tick(now)
 
     def finished(self, now: float) -> bool:
-        """The run is over, and every site that is still there has heard so or has had ``phase_seconds`` to hear it."""
+        """The run is over, and every site that is still there has heard so or has had ``phase_seconds`` to hear it; or
+        this process cannot go on with it."""
         if self.outcome is None:
             return False
+        if self.engine.ended is None:
+            return now > self.engine.ended_at + _LAST_WORDS_SECONDS
         return self.sessions.all_heard_the_end(now) or now > self.engine.ended_at + self.config.rounds.phase_seconds
 
     def reason(self, now: float) -> str:

@@ -121,6 +121,8 @@ class Engine:
 
     def reason(self, now: float) -> str:
         """What is being waited for, in words."""
+        if self.outcome is not None and self.ended is None:
+            return f"this aggregator cannot go on, another process can: {self.failure}"
         if self.outcome is not None:
             return "the run is over"
         if self.worker is not None:
@@ -395,6 +397,9 @@ class Engine:
         error.final = final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
         summary = self.account.summary(self.progress)
         outcome = {"complete": False, "code": error.code, "error": str(error), **summary}
+        if attempt is not None and not final:
+            reason = f"{error.code}: {error.found}"
+            self.sessions.tell_asked(attempt.query.cohort, attempt.ctx, code=error.code, reason=reason)
         if final:
             try:
                 if attempt is not None:
@@ -414,7 +419,11 @@ class Engine:
             self._tell_the_end(outcome, final=final)
         except FedsecureError as worse:
             log.warning("the end of the run is not in the audit log: %s", worse)
-        self._say_the_end(outcome, now)
+        if final:
+            self._say_the_end(outcome, now)
+        else:
+            # To the sites it is a line that breaks: they join the next process of this run again.
+            self.outcome, self.ended_at = outcome, now
 
     def _tell_the_end(self, outcome: Mapping[str, Any], *, final: bool = True) -> None:
         if outcome["complete"]:

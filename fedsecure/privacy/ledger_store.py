@@ -213,7 +213,8 @@ class LedgerStore:
 
     def _version(self) -> int | None:
         """Format of the file; ``None`` where it is empty."""
-        with self._errors():
+        # Of one moment: another process may be making the file.
+        with self._snapshot():
             (application,) = self._db.execute("PRAGMA application_id").fetchone()
             (version,) = self._db.execute("PRAGMA user_version").fetchone()
             (tables,) = self._db.execute("SELECT count(*) FROM sqlite_master").fetchone()

@@ -49,13 +49,16 @@ class _Leash(MemoryTransport):
 
     def __init__(self, core: Coordinator, site: str, gate: threading.Condition, failed: threading.Event) -> None:
         super().__init__(core, site, gate)
+        self._coordinator = core
         self._failed = failed
 
     def next(self, request: pb.NextRequest) -> pb.Directive:
-        if self._failed.is_set():
+        failure = self._coordinator.failure
+        # Where an aggregator cannot go on, sites wait for its next process.
+        if self._failed.is_set() or (failure is not None and not failure.final):
             raise RunError(
                 "FS-1709",
-                "the simulated run was given up",
+                f"the simulated run was given up{'' if failure is None else f': {failure}'}",
                 expected="a run that completes",
                 cure="see the error it ended with",
             )

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedsecure.config import SiteConfig, load
-from fedsecure.errors import FedsecureError, RunError
+from fedsecure.errors import RUN_OVER, FedsecureError, RunError
 from fedsecure.files import write_whole
 from fedsecure.simulation.scaffold import Layout
 
@@ -95,6 +95,12 @@ class Processes:
             if len(lost) == len(self._layout.sites):
                 raise self._error(lost[0])
             time.sleep(0.2)
+        if aggregator.returncode not in (0, RUN_OVER):
+            # The sites wait for the next process of this run, and none comes.
+            for name in self._layout.sites:
+                self._raise_own_error(name)
+            self.stop()
+            raise self._error("aggregator")
         for name, child in self._children.items():
             try:
                 child.wait(timeout=30)

@@ -212,7 +212,12 @@ def test_a_run_that_never_has_a_quorum_ends_and_names_the_missing(tmp_path: Path
     assert table.core.failure is not None
     assert table.core.failure.code == "FS-1701"
     assert "site-4 not seen yet, site-5 not seen yet" in str(table.core.failure)
-    assert "FS-1701" in table.hands[0].last("finished").summary_json
+    assert not table.core.failure.final
+    table.hands[0].listen()
+    kinds = {directive.WhichOneof("kind") for directive in table.hands[0].heard}
+    assert "finished" not in kinds, "who is there waits for the next process"
+    assert not table.core.finished(table.now)
+    assert table.core.finished(table.now + 1.5)
 
 
 def toss(table: Table) -> None:

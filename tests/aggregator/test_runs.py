@@ -159,10 +159,12 @@ def test_without_enough_sites_the_run_ends_with_the_reason(tmp_path: Path) -> No
             time.sleep(0.01)
         world.hurry()
 
-    world.run(loses_patience, *(world.take_part(name) for name in world.names[:2]))
+    takes_part = [world.take_part(name, changes={"wait_seconds": 2.0}) for name in world.names[:2]]
+    world.run(loses_patience, *takes_part)
     assert {type(error) for error in world.errors.values()} == {RunError}
     text = str(next(iter(world.errors.values())))
-    assert "FS-1709" in text
+    assert "FS-1711" in text, "they wait for the next process, and none comes"
+    assert "FS-1701: " in text
     assert "site-3 not seen yet" in text
 
 

@@ -8,8 +8,10 @@ import sqlite3
 import subprocess
 import sys
 import tempfile
+import threading
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,32 @@ from fedsecure.privacy.ledger import Ledger, Limit, Reservation
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     return tmp_path / "site" / "ledger.db"
+
+
+def test_two_processes_may_make_the_file_at_once(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second makes it whole while the first looks whether it is there."""
+    original, others = sqlite3.connect, list[threading.Thread]()
+
+    def make() -> None:
+        Ledger(path).close()
+
+    def between(statement: str) -> None:
+        if "sqlite_master" in statement and not others:
+            others.append(threading.Thread(target=make))
+            others[0].start()
+            others[0].join(0.5)
+
+    def connect(*arguments: Any, **options: Any) -> sqlite3.Connection:
+        made = original(*arguments, **options)
+        if threading.current_thread() is threading.main_thread():
+            made.set_trace_callback(between)
+        return made
+
+    monkeypatch.setattr(ledger_store.sqlite3, "connect", connect)
+    with Ledger(path) as ledger:
+        others[0].join()
+        with Ledger(path) as other:
+            assert ledger.key == other.key
 
 
 def test_a_charge_survives_closing(path: Path) -> None:
