@@ -35,9 +35,11 @@ from fedsecure.config import (
     SiteEntry,
 )
 from fedsecure.data.loading import read_feature_header
+from fedsecure.errors import TransportError
 from fedsecure.files import make_folder
 from fedsecure.identity.provision import load_identity, provision
 from fedsecure.transport.memory import MemoryTransport
+from fedsecure.wire import federation_pb2 as pb
 
 CLASSES = ("a", "b", "c")
 log = logging.getLogger("federation_world")
@@ -54,6 +56,20 @@ def write_features(path: Path, *, count: int = 90, dimension: int = 16, seed: in
         values = true[labels] + 0.22 * rng.normal(size=(count, dimension))
         arrays[f"{split}_x"], arrays[f"{split}_y"] = values.astype(np.float32), labels.astype(np.int64)
     np.savez(path, **arrays)
+
+
+class Line(MemoryTransport):
+    """A site's line, on which nobody answers any more once the aggregator's process cannot go on."""
+
+    def __init__(self, core: Coordinator, site: str, gate: threading.Condition) -> None:
+        super().__init__(core, site, gate)
+        self._coordinator = core
+
+    def next(self, request: pb.NextRequest) -> pb.Directive:
+        failure = self._coordinator.failure
+        if failure is not None and not failure.final:
+            raise TransportError("FS-1501", f"the aggregator ended with {failure}", expected="an answer", cure="wait")
+        return super().next(request)
 
 
 @dataclass
@@ -150,7 +166,7 @@ class World:
 
     def client(self, name: str, **options: Any) -> Client:
         changes = options.pop("changes", {})
-        transport = options.pop("transport", None) or MemoryTransport(self.coordinator, name, self.gate)
+        transport = options.pop("transport", None) or Line(self.coordinator, name, self.gate)
         return Client(self.site_config(name, **changes), transport=transport, **options)
 
     def hurry(self) -> None:

@@ -193,8 +193,7 @@ def test_joining_again_and_again_keeps_one_session_a_site(stage: Stage) -> None:
 def test_a_site_that_joins_after_the_end_hears_so(stage: Stage) -> None:
     for name in ("site-1", "site-2"):
         stage.join(name)
-    stage.now += 21
-    stage.core.tick(stage.now)
+    stage.core.obey("stop", stage.now)
     assert stage.core.outcome is not None
     stage.join("site-3")
     directive = stage.poll("site-3")

@@ -225,7 +225,7 @@ def test_floors_of_a_site_apply_to_the_drawn_cohort(tmp_path: Path) -> None:
     refused = {world.names[int(i)] for i, e in world.errors.items() if isinstance(e, PrivacyError | ProtocolError)}
     assert refused
     assert refused <= set(draw.cohort(0))
-    assert {error.code for error in world.errors.values()} <= {"FS-1226", "FS-1331", "FS-1709"}
+    assert {error.code for error in world.errors.values()} <= {"FS-1226", "FS-1331", "FS-1501"}
     for name in world.names:
         with Ledger(tmp_path / name / "ledger.db") as ledger:
             assert not ledger.spent(f"{name}-train", "train")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from federation_world import World
 
-from fedsecure.errors import BudgetExceeded, PrivacyError, ProtocolError, RunError
+from fedsecure.errors import BudgetExceeded, PrivacyError, ProtocolError, RunError, TransportError
 from fedsecure.learning.artefact import load_adapter
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.site.sources import Sources
@@ -159,12 +159,11 @@ def test_without_enough_sites_the_run_ends_with_the_reason(tmp_path: Path) -> No
             time.sleep(0.01)
         world.hurry()
 
-    takes_part = [world.take_part(name, changes={"wait_seconds": 2.0}) for name in world.names[:2]]
-    world.run(loses_patience, *takes_part)
-    assert {type(error) for error in world.errors.values()} == {RunError}
-    text = str(next(iter(world.errors.values())))
-    assert "FS-1711" in text, "they wait for the next process, and none comes"
-    assert "FS-1701: " in text
+    world.run(loses_patience, *(world.take_part(name) for name in world.names[:2]))
+    assert {error.code for error in world.errors.values() if isinstance(error, TransportError)} == {"FS-1501"}
+    assert len(world.errors) == 2
+    text = str(world.coordinator.failure)
+    assert "FS-1701" in text
     assert "site-3 not seen yet" in text
 
 
