@@ -214,6 +214,13 @@ def _replay(task: HeadTask, material: Material, noise_multiplier: float) -> Iter
                 probes=range(10),
             )
             sums[engine] = total(np.ones(len(units), np.bool_))
+
+        def trained(present: npt.NDArray[np.bool_], units: UnitFeatures = units) -> Vector:
+            """As local steps sum, where a unit that is gone leaves its place empty."""
+            held = UnitFeatures(units.features, units.labels, units.mask & present[:, None])
+            return clipped_sum(task, start, held, max_grad_norm=CLIP, device="cpu", precision="float32")
+
+        yield check_sensitivity(trained, len(units), bound=CLIP, name=f"sensitivity: {unit}, float32", probes=range(10))
         yield check_agreement(sums["closed-form"], sums["opacus"], floor=CLIP, name=f"engines agree: {unit}")
         segment = Mechanism("distributed", task.spec.parameters, noise_multiplier, len(units)).segment
 

@@ -5,6 +5,7 @@ weighted product per weight. Norms and sums are taken in float64: a float32 sum 
 the clip norm when one unit changes. A record's own factors may be taken in float32, since the clip bounds whatever
 they are, as long as they are that record's alone: that a row's bits depend on nothing but the row is checked on this
 machine before it is relied on.
+Where every unit is one record, sums of a block may be float32 as well (:mod:`fedsecure.learning.narrow`).
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedsecure.learning.adapters import AdapterSpec, Vector
-from fedsecure.learning.engines import Precision
 from fedsecure.learning.gradients import BACKWARD, Factor, Outer, Slopes, Weights
 from fedsecure.learning.modules import FeatureAdapter, build_poles, centred_inputs, to_tensors
+from fedsecure.learning.narrow import BLOCK, LEAST_SQUARE, WIDEST, Precision
 from fedsecure.learning.objective import TEACHER_SCALE
 from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
@@ -33,9 +34,9 @@ SAFETY = 1 - 1e-5
 # A Gram product over 2^16 entries errs by at most 2^-36 of the records' lengths squared, so above 2^-20 of them the
 # norm is right within SAFETY.
 CANCELLED = 2.0**-20
-# Records go through all but the linear head at most 256 at a time, so that a core's cache holds their activations, and
-# always a multiple of 64, so that products have few shapes.
-BLOCK, STEP = 256, 64
+# Records go through all but the linear head at most BLOCK at a time, so that a core's cache holds their activations,
+# and always a multiple of 64, so that products have few shapes.
+STEP = 64
 
 # Features that are kept from sum to sum take at most so many bytes.
 KEPT_BYTES = 2**28
@@ -86,7 +87,8 @@ class ClippedSums:
 
     See :func:`fedsecure.learning.engines.clipped_sum` for the contract. ``precision="float32"`` takes an adapter's
     activations in float32, where their rows are seen to stand alone: gradients then err by about 1e-6 of their length,
-    and the bound C holds as before. Objectives other than cross-entropy stay in float64.
+    and the bound C holds as before. Objectives other than cross-entropy stay in float64. ``narrow``: what is clipped to
+    leaves room for sums in float32 too, where every unit is one record; a CPU then takes them so.
     """
 
     def __init__(
@@ -98,16 +100,19 @@ class ClippedSums:
         chunk: int,
         precision: Precision = "float64",
         keep: bool = False,
+        narrow: bool = False,
     ) -> None:
         self.task, self.units, self.chunk, self.step = task, units, chunk, 1
-        dtype = torch.float64
-        if task.spec.kind != "linear":
-            records = max(units.mask.shape[1], 1)
+        dtype, records = torch.float64, max(units.mask.shape[1], 1)
+        # A linear head's products are faster in one piece; only float32 sums need blocks.
+        single = precision == "float32" and task.objective.plain and (task.spec.kind != "linear" or narrow)
+        if task.spec.kind != "linear" or single:
             self.step, self.chunk = STEP, min(chunk, max(1, BLOCK // records))
-            if precision == "float32" and task.objective.plain:
-                largest = -(-self.chunk * records // STEP) * STEP
-                if _rows_stand_alone(task.spec, largest, device, torch.get_num_threads()):
-                    dtype = torch.float32
+            largest = -(-self.chunk * records // STEP) * STEP
+            if single and _rows_stand_alone(task.spec, largest, device, torch.get_num_threads()):
+                dtype = torch.float32
+        widest = max(map(max, task.spec.shapes.values()))
+        self.narrow = narrow and dtype == torch.float32 and device.type == "cpu" and widest <= WIDEST
         self.like = torch.empty(0, dtype=dtype, device=device)
         self.adapter, self.poles = _Adapter.of(task, device), build_poles(task, device=device)
         self.keep = keep and units.features.size * self.like.element_size() <= KEPT_BYTES
@@ -122,6 +127,7 @@ class ClippedSums:
         device, dtype = self.like.device, self.like.dtype
         weights = Weights.of(to_tensors(self.task.spec, parameters, device=device, dtype=dtype))
         total = _Total.of(self.task.spec, device)
+        narrow = self.narrow and plant is None
         for block in self._blocks():
             count = int(block.mask.sum())
             if count == 0:
@@ -130,6 +136,8 @@ class ClippedSums:
             factors: Sequence[Factor] = [
                 _rows(factor, slice(count)) for factor in self.adapter.factors(weights, block, known)
             ]
+            if not narrow:
+                factors = [_widened(factor) for factor in factors]
             if plant is not None:
                 factors = plant(factors, block.labels[:count])
             _clip_and_sum(factors, block.mask, max_grad_norm, onto=total)
@@ -171,21 +179,43 @@ class _Total:
                 left = factor.left * scale[:, None]
                 _add_product(next(part), left.T, factor.right, kept=kept)
                 if factor.bias:
-                    next(part).addmv_(factor.left.T, scale, beta=kept)
+                    _add_weighted(next(part), factor.left, scale, kept=kept)
             else:
-                next(part).addmv_(factor.T, scale, beta=kept)
+                _add_weighted(next(part), factor, scale, kept=kept)
         self.started = True
 
 
 def _add_product(onto: Tensor, left: Tensor, right: Tensor, *, kept: int) -> None:
     """``onto`` ← kept·onto + left·right. On a CPU a wide product is NumPy's: its library is a fifth faster in float64
     than torch's on other makers' processors than that was made for."""
-    if onto.device.type != "cpu" or onto.shape[0] < STEP:
+    if left.dtype != onto.dtype:
+        _add(onto, torch.from_numpy(left.numpy() @ right.numpy()), kept=kept)
+    elif onto.device.type != "cpu" or onto.shape[0] < STEP:
         onto.addmm_(left, right, beta=kept)
     elif kept:
         onto += torch.from_numpy(left.numpy() @ right.numpy())
     else:
         np.matmul(left.numpy(), right.numpy(), out=onto.numpy())
+
+
+def _add_weighted(onto: Tensor, rows: Tensor, scale: Tensor, *, kept: int) -> None:
+    if rows.dtype != onto.dtype:
+        _add(onto, scale @ rows, kept=kept)
+    else:
+        onto.addmv_(rows.T, scale, beta=kept)
+
+
+def _add(onto: Tensor, narrow: Tensor, *, kept: int) -> None:
+    if kept:
+        onto += narrow
+    else:
+        onto.copy_(narrow)
+
+
+def _widened(factor: Factor) -> Factor:
+    if isinstance(factor, Outer):
+        return Outer(factor.left.double(), factor.right.double(), factor.bias)
+    return factor.double()
 
 
 def _rows(factor: Factor, which: slice | Tensor) -> Factor:
@@ -274,7 +304,8 @@ def _record_norms(factors: Sequence[Factor]) -> Tensor:
 
 def _squared_lengths(rows: Tensor) -> Tensor:
     lengths: Tensor = torch.linalg.vector_norm(rows, dim=-1)
-    return lengths.square_()
+    squares = lengths.square_()
+    return squares if squares.dtype == torch.float64 else squares.clamp_min_(LEAST_SQUARE)
 
 
 def _unit_norms(factors: Sequence[Factor], mask: Tensor) -> Tensor:

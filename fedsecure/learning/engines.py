@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.adapters import Vector
+from fedsecure.learning.narrow import NARROW, Precision, sums_narrowly
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.units import UnitFeatures
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
     from fedsecure.learning.tower_task import TowerTask
 
 EngineName = Literal["auto", "opacus", "closed-form"]
-Precision = Literal["float64", "float32"]
 CHUNK = 512
 
 
@@ -58,7 +58,7 @@ def clipped_sum(
 
     Each unit's gradient over all parameters together is scaled by min(1, C(1 − 1e-5)/‖g‖); a unit with a
     non-finite gradient, or without records, adds zero; no units give zeros. Adding a unit, or replacing it by zero,
-    moves the result by at most C in L2 norm.
+    moves the result by at most C in L2 norm; with ``"float32"``, replacing it by one without records in its place.
 
     Args:
         task: a known adapter, or a module of the user's own.
@@ -68,7 +68,8 @@ def clipped_sum(
         engine: ``"auto"``, ``"opacus"`` or ``"closed-form"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``…
         chunk: records held in activations at a time; it bounds memory and does not change the result.
-        precision: of the attention's activations in the closed form; clip and sum are float64 in any case.
+        precision: of activations in the closed form. With ``"float32"``, where every unit is one record, sums of up to
+            256 of them are float32 too, and the clip is C′ < C in either engine (:mod:`fedsecure.learning.narrow`).
 
     Returns:
         float64 vector, the parameters end to end.
@@ -109,6 +110,14 @@ def clipped_sums(
     if isinstance(task, HeadTask):
         check_fit(task, units)
     name = choose_engine(engine, task)
+    records = units.mask.shape[1]
+    narrow = (
+        isinstance(task, HeadTask)
+        and task.objective.plain
+        and sums_narrowly(precision, records=records, max_grad_norm=max_grad_norm)
+    )
+    if narrow:
+        max_grad_norm *= NARROW
     from fedsecure.learning.modules import resolve_device
 
     where = resolve_device(device)
@@ -119,7 +128,9 @@ def clipped_sums(
         from fedsecure.learning import closed_form
 
         assert isinstance(task, HeadTask)
-        sums = closed_form.ClippedSums(task, units, device=where, chunk=rows, precision=precision, keep=keep)
+        sums = closed_form.ClippedSums(
+            task, units, device=where, chunk=rows, precision=precision, keep=keep, narrow=narrow
+        )
         return partial(sums.at, max_grad_norm=max_grad_norm)
     from fedsecure.learning import opacus_engine
 

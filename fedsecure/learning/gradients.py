@@ -1,7 +1,7 @@
 """Gradients of records in every known adapter, in closed form: as factors, whose products nobody has to form.
 
-Privacy.md §6, facmic.md §5.4-7: forward, and one backward to the activations. Factors are float64; activations may be
-float32, the gradients in an adapter's outputs never are.
+Privacy.md §6, facmic.md §5.4-7: forward, and one backward to the activations. Factors have the activations' precision,
+float64 or float32; the gradients in an adapter's outputs are float64 in any case.
 """
 
 from __future__ import annotations
@@ -106,8 +106,9 @@ def _narrow(rows: Tensor, weight: Tensor) -> Tensor:
 
 
 def _linear(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
-    error = slopes.in_logits(_narrow(inputs, slopes.prior + weights.tensors["D"]))
-    return [Outer(error, inputs, bias=False)]
+    classifier = (slopes.prior + weights.tensors["D"]).to(inputs.dtype)
+    error = slopes.in_logits(_narrow(inputs, classifier).double())
+    return [Outer(error.to(inputs.dtype), inputs, bias=False)]
 
 
 def _attention(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
@@ -124,10 +125,10 @@ def _attention(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Fac
     )
     normalised = hidden.sub_(mean).mul_(rstd)
     return [
-        Outer(to_hidden.double(), scaled.double(), bias=True),
-        (to_affine * normalised).double(),
-        to_affine.double(),
-        Outer(to_output.double(), active.double(), bias=True),
+        Outer(to_hidden, scaled, bias=True),
+        to_affine * normalised,
+        to_affine,
+        Outer(to_output, active, bias=True),
     ]
 
 
@@ -136,7 +137,7 @@ def _tanh_gate(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Fac
     active = weights.layers["hidden"](scaled).tanh_()
     to_output = _gated(inputs, active, weights, slopes)
     to_hidden = weights.layers["back"](to_output).mul_(1 - active.square())
-    return _two_layers(to_hidden, scaled, to_output, active)
+    return [Outer(to_hidden, scaled, bias=True), Outer(to_output, active, bias=True)]
 
 
 def _bottleneck(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
@@ -145,7 +146,7 @@ def _bottleneck(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Fa
     mixed = weights.layers["output"](active).add_(inputs)
     to_output = _to_direction(mixed, slopes)
     to_hidden = weights.layers["back"](to_output).mul_(active > 0)
-    return _two_layers(to_hidden, scaled, to_output, active)
+    return [Outer(to_hidden, scaled, bias=True), Outer(to_output, active, bias=True)]
 
 
 def _affine_student(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
@@ -153,14 +154,8 @@ def _affine_student(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequenc
     adapted = _affine(weights.tensors["A"], weights.tensors["b"])(scaled).add_(scaled).double()
     classifier = weights.tensors["D"] + slopes.prior / math.sqrt(inputs.shape[-1])
     error = slopes.in_logits(_narrow(adapted, classifier))
-    return [Outer(error @ classifier, scaled.double(), bias=True), Outer(error, adapted, bias=False)]
-
-
-def _two_layers(to_hidden: Tensor, scaled: Tensor, to_output: Tensor, active: Tensor) -> Sequence[Factor]:
-    return [
-        Outer(to_hidden.double(), scaled.double(), bias=True),
-        Outer(to_output.double(), active.double(), bias=True),
-    ]
+    to_adapted, adapted = (error @ classifier).to(inputs.dtype), adapted.to(inputs.dtype)
+    return [Outer(to_adapted, scaled, bias=True), Outer(error.to(inputs.dtype), adapted, bias=False)]
 
 
 def _gated(inputs: Tensor, active: Tensor, weights: Weights, slopes: Slopes) -> Tensor:

@@ -65,7 +65,8 @@ def test_steps_are_what_the_docstring_says() -> None:
     )
     expected = np.zeros((4, 16))
     for step in range(3):
-        total = clipped_sum(task, {"D": expected}, units, max_grad_norm=0.1, device="cpu").reshape(4, 16)
+        how: dict[str, Any] = {"max_grad_norm": 0.1, "device": "cpu", "precision": "float32"}
+        total = clipped_sum(task, {"D": expected}, units, **how).reshape(4, 16)
         expected = expected - 2.0 / 25.0 * (total + step + 1)
     assert calls == [0.1] * 3
     assert np.allclose(delta["D"], expected, rtol=1e-12, atol=1e-15)
@@ -107,7 +108,8 @@ def test_both_engines_train_alike() -> None:
         )["D"]
         for engine in ("closed-form", "opacus")
     ]
-    assert np.allclose(ends[0], ends[1], rtol=1e-9)
+    # Activations and sums are float32 in one of them.
+    assert np.allclose(ends[0], ends[1], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from fedsecure.errors import ConfigError, LedgerError, ModelError, PrivacyError
 from fedsecure.learning.adapters import AdapterSpec
 from fedsecure.learning.encoding import encode_dataset
 from fedsecure.learning.engines import clipped_sum
+from fedsecure.learning.narrow import NARROW
 from fedsecure.learning.opacus_engine import ModuleTask
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import train_locally
@@ -124,7 +125,8 @@ def test_p01_one_number_clips_and_calibrates() -> None:
 
         train(units, max_grad_norm=clip, steps=3, privatise=privatise)
         assert told == [clip] * 3
-        assert sums == pytest.approx([clip] * 3, rel=2e-5)
+        # 0.8 % of C is kept for the rounding of float32 sums.
+        assert sums == pytest.approx([clip * NARROW] * 3, rel=2e-5)
     # and the noise follows what it is told, on the grid too
     small, large = (
         privatise_on_grid(np.zeros(4096), clip_norm=c, noise_multiplier=2.0, rng=PrivacyRng()).std() for c in (0.1, 1.0)

@@ -66,11 +66,11 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     )
 
 
-# Opacus' engine works in float64; the closed form takes the attention's activations in float32.
+# Opacus' engine works in float64; the closed form takes activations in float32, and sums of records.
 @pytest.mark.parametrize(
     ("kind", "engine", "bound"),
     [
-        ("linear", "closed-form", 1e-13),
+        ("linear", "closed-form", 1e-6),
         ("linear", "opacus", 1e-13),
         ("facmic", "opacus", 1e-12),
         ("facmic", "closed-form", 1e-5),
