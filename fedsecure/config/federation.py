@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
@@ -110,7 +111,7 @@ class SiteEntry(Section):
     """
 
     role: Literal["train", "evaluate"] = "train"
-    max_units: Annotated[int, Field(ge=0, le=10_000_000)] = 0
+    max_units: Annotated[int, Field(ge=0, le=500_000)] = 0
     evaluation_units: Annotated[int, Field(ge=0, le=10_000_000)] = 0
     evaluation_public: bool = False
     sampling_rate: Annotated[float, Field(gt=0, le=1)] | None = None
@@ -122,6 +123,9 @@ class SiteEntry(Section):
         return self
 
 
+# Units squared times records of a unit: so far what rounding adds to a float64 sum stays below the slack in the
+# sensitivity (fedsecure.privacy.grid).
+MAX_ROUNDED = 1 << 42
 # Sites times prepared rounds: a set-up's messages take up to 128 bytes for each, and a call carries 8 MiB.
 MAX_PREPARED = 60_000
 
@@ -202,6 +206,10 @@ class RunSettings(Section):
             raise ValueError(f"prepared_rounds = {prepared} for {len(trainers)} training sites, at most {most}")
         if any(units < 1 for units in trainers.values()):
             raise ValueError("every training site declares max_units >= 1")
+        records = self.privacy.max_records_per_unit
+        if max(trainers.values()) ** 2 * records > MAX_ROUNDED:
+            most = math.isqrt(MAX_ROUNDED // records)
+            raise ValueError(f"max_units above {most} with max_records_per_unit = {records}: sums would round too much")
         if self.privacy.noise == "distributed" and self.method.local_steps != 1:
             raise ValueError('local_steps must be 1 with noise = "distributed": every step is a secure sum')
         if self.privacy.no_privacy and set(self.sampling_rates().values()) != {1.0}:

@@ -3,8 +3,10 @@
 
 A site sums its units' clipped vectors in float64 and rounds once. Each unit moves the rounded sum by at most
 Δ = C/γ·(1 + 1e-5) + √d + 64 steps in L2: its clipped vector with the clip's own float32 error, the change of
-the rounding errors (at most one step a coordinate), and the error of the float64 sums, which stays below 64
-steps up to half a million units in any order of summation. Clamping a coordinate to [−K, K] is 1-Lipschitz:
+the rounding errors (at most one step a coordinate), and the error of the float64 sums. Of n units of m records in
+B blocks of 256 records, one unit that is replaced in its place changes its own block and B additions behind it, so by
+at most 2·B·n·2^-53·C, below 64 steps of C/2^24 where n²·m ≤ 2^42, which settings must keep; on the grid C/2^20 up to
+half a million units in any order of summation. Clamping a coordinate to [−K, K] is 1-Lipschitz:
 it can cost accuracy, never privacy. A segment with a rotation seed is rotated before it is rounded, and turned
 back after the sum is decoded; norms and sensitivities stay what they are.
 """

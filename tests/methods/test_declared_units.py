@@ -113,3 +113,20 @@ def test_one_unit_replaced_by_nothing_moves_the_sum_by_c_and_a_choice_would_move
     assert len(load_units(data, constants, max_units=many, **how)) == many
     with pytest.raises(DataError, match="FS-1127"):
         load_units(data, constants, max_units=many - 1, **how)
+
+
+@pytest.mark.parametrize(
+    ("units", "records", "refused"),
+    [(500_000, 1, False), (500_000, 16, False), (500_001, 1, True), (500_000, 18, True), (131_072, 256, False)],
+)
+def test_more_units_than_a_float64_sum_can_hold_are_refused(
+    tmp_path: Path, units: int, records: int, refused: bool
+) -> None:
+    raw = World(tmp_path).settings.model_dump()
+    raw["privacy"] |= {"unit": "patient", "max_records_per_unit": records}
+    raw["sites"]["site-1"]["max_units"] = units
+    if not refused:
+        assert RunSettings.model_validate(raw).sites["site-1"].max_units == units
+        return
+    with pytest.raises(ValueError, match="max_units"):
+        RunSettings.model_validate(raw)
