@@ -67,24 +67,32 @@ class PrivacyRng:
     def uniform_words(self, n: int) -> Words:
         """``n`` independent uniform 64-bit words, shape (n,)."""
         out = np.empty(n, dtype="<u8")
-        raw = memoryview(out.view(np.uint8).data) if n else memoryview(b"")
+        self._fill(out)
+        return out
+
+    def _fill(self, words: Words) -> None:
+        """Overwrite ``words`` with the next of the stream."""
+        raw = memoryview(words.view(np.uint8).data) if len(words) else memoryview(b"")
         # A forked child would repeat its parent's stream.
         if self._process != os.getpid():
             PrivacyRng.__init__(self)
         with self._lock:
-            for start in range(0, 8 * n, len(_ZEROS)):
+            for start in range(0, len(raw), len(_ZEROS)):
                 piece = raw[start : start + len(_ZEROS)]
                 self._stream.update_into(_ZEROS[: len(piece)], piece)
-        return out
 
     def uniform(self, n: int) -> FloatArray:
         """``n`` uniform multiples of 2^-53 in (0, 1], float64, shape (n,)."""
-        words = self.uniform_words(n)
+        values = np.empty(n, dtype=np.float64)
+        self._uniform(values, np.empty(n, dtype="<u8"))
+        return values
+
+    def _uniform(self, values: FloatArray, words: Words) -> None:
+        self._fill(words)
         words >>= np.uint64(11)
-        values = words.view(np.int64).astype(np.float64)
+        np.copyto(values, words.view(np.int64))
         values += 1.0
         values *= 2.0**-53
-        return values
 
     def gaussian(self, n: int) -> FloatArray:
         """``n`` standard normal values, float64, shape (n,); Box–Muller on 53-bit uniforms in (0, 1].
@@ -92,20 +100,24 @@ class PrivacyRng:
         The resolution cuts the tails at 8.57, which adds about 1e-17 a value to δ.
         """
         out = np.empty(n, dtype=np.float64)
+        # Memory that is fresh from the operating system costs as much as the numbers in it.
+        room = np.empty((3, (min(n, _CHUNK) + 1) // 2), dtype=np.float64)
         for start in range(0, n, _CHUNK):
             count = min(_CHUNK, n - start)
             half = (count + 1) // 2
-            radius = self.uniform(half)
+            radius, tangent, share = room[:, :half]
+            words = share.view("<u8")
+            self._uniform(radius, words)
             np.sqrt(np.multiply(np.log(radius, out=radius), -2.0, out=radius), out=radius)
             # With t = tan(θ/2): cos θ = 2/(1 + t²) − 1 and sin θ = 2t/(1 + t²). NumPy vectorises tan in float64 and
             # neither cos nor sin, so this takes a fifth of the time.
-            words = self.uniform_words(half)
+            self._fill(words)
             # From −2^63 on, uniform: processors convert signed words at once, and unsigned ones in a branch.
             words ^= np.uint64(1 << 63)
-            tangent = words.view(np.int64).astype(np.float64)
+            np.copyto(tangent, words.view(np.int64))
             tangent *= np.pi * 2.0**-64
             np.tan(tangent, out=tangent)
-            share = np.square(tangent)
+            np.square(tangent, out=share)
             share += 1.0
             np.divide(2.0, share, out=share)
             tangent *= share
