@@ -117,6 +117,7 @@ def same_shape(folder: Path, method: str, noise: str, **privacy: Any) -> None:
         assert sum(kind == "upload" for kind, _ in few[name].sent) >= 6, "evaluation, training, evaluation"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "noise"), [("linear", "distributed"), ("facmic", "local"), ("ridge", "distributed")]
 )

@@ -422,6 +422,7 @@ def late(world: World) -> bytes:
     ).canonical()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lie", LIES)
 def test_a_site_that_is_told_another_draw_does_not_go_on(tmp_path: Path, lie: str) -> None:
     world = World(tmp_path, sites=5, rounds=5, waits=DRAWN)

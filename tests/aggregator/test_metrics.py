@@ -197,6 +197,7 @@ def test_nothing_else_is_answered(served: tuple[Metrics, int]) -> None:
     assert asked(port, "/healthz", method="HEAD") == (200, "")
 
 
+@pytest.mark.slow
 def test_callers_that_say_nothing_do_not_keep_others_out(
     served: tuple[Metrics, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -32,6 +32,7 @@ class Counting(MemoryTransport):
         super().upload(header, payload)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("prepared", "set_ups"), [(0, 0), (4, 1), (2, 2), (3, 2)])
 def test_a_prepared_round_takes_three_messages(tmp_path: Path, prepared: int, set_ups: int) -> None:
     world = World(tmp_path, rounds=4, waits={"prepared_rounds": prepared})
@@ -44,6 +45,7 @@ def test_a_prepared_round_takes_three_messages(tmp_path: Path, prepared: int, se
     assert transport.calls == {"send": 4 * evaluations + small * rounds + 2 * set_ups, "upload": evaluations + rounds}
 
 
+@pytest.mark.slow
 def test_a_site_that_restarts_gets_new_keys_and_takes_part_again(tmp_path: Path) -> None:
     world = World(tmp_path, sites=5, rounds=24, waits={"prepared_rounds": 64})
     world.start()
@@ -122,6 +124,7 @@ def test_recorded_rounds_verify_and_a_changed_byte_is_found(tmp_path: Path, prep
         assert verify_transcript(rounds[number]).ok
 
 
+@pytest.mark.slow
 def test_a_restart_that_renews_the_keys_is_recorded(tmp_path: Path) -> None:
     waits = {"prepared_rounds": 64, "transcripts": True, "silence_seconds": 60.0}
     world = World(tmp_path, sites=5, rounds=40, waits=waits)

@@ -105,6 +105,7 @@ def test_private_evaluation_is_noised_and_charged_to_its_own_units(tmp_path: Pat
         assert {event.population for event in events} == {"evaluation"}
 
 
+@pytest.mark.slow
 def test_a_site_that_dies_while_training_does_not_lose_the_round(tmp_path: Path) -> None:
     world = World(tmp_path, sites=5)
     world.start()
@@ -119,6 +120,7 @@ def test_a_site_that_dies_while_training_does_not_lose_the_round(tmp_path: Path)
     assert counts == [5, 5, 4, 4, 4, 4]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("call", ["send", "upload"])
 def test_below_the_threshold_the_attempt_is_aborted_and_the_next_is_charged_anew(tmp_path: Path, call: str) -> None:
     world = World(tmp_path, sites=3, rounds=2)

@@ -142,6 +142,7 @@ POINTS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False], ids=["before", "after"])
 @pytest.mark.parametrize(("method", "at"), POINTS, ids=[f"{m}-{n}" for m, n in POINTS])
 def test_a_process_killed_at_any_write_loses_no_run(
@@ -305,6 +306,7 @@ def take_out(config: FederationConfig, site: str, authority: Path) -> bytes:
     return new.hash
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_run_goes_on_with_its_own_roster_after_a_member_was_taken_out(tmp_path: Path) -> None:
     world = World(tmp_path, sites=4, waits={"start_seconds": 0.5})

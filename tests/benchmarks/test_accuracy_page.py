@@ -81,6 +81,7 @@ def run(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_every_installed_method_can_be_measured() -> None:
     names = "linear,facmic,fedclip,bottleneck,fedfocal,probe,fedavg,fedprox,moon,prototypes,ridge"
     listed = run("-m", "benchmarks.accuracy", "--data", "nowhere", "--list", "--method", names)
@@ -111,6 +112,7 @@ def test_finished_measurements_are_not_taken_again(monkeypatch: pytest.MonkeyPat
     assert [row["accuracy"] for row in rows] == [0.5, 0.51, 0.6, 0.61]
 
 
+@pytest.mark.slow
 def test_every_table_of_the_page_has_a_place_there() -> None:
     listed = run("-m", "benchmarks.accuracy", "--data", "nowhere", "--list")
     page = (ROOT / "examples" / "results" / "facmic.md").read_text(encoding="utf-8")

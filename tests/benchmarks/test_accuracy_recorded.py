@@ -48,6 +48,7 @@ def recorded(recording: ModuleType, page: ModuleType, rows: list[dict[str, Any]]
     return found
 
 
+@pytest.mark.slow
 def test_only_what_is_not_recorded_is_run(
     tables: ModuleType, recording: ModuleType, page: ModuleType, options: SimulationOptions, tmp_path: Path
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_recorded_run_of_something_else_does_not_count(
     assert [row["accuracy"] for row in part.finished()] == [0.5]
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_replaced_by_a_recorded_one(tables: ModuleType, options: SimulationOptions) -> None:
     (ran,) = simulate(options, watch=lambda step: None)["rows"]
     part = tables.Federated(options)
@@ -135,6 +137,7 @@ def test_the_page_says_which_runs_are_of_which_day(page: ModuleType) -> None:
     assert new["date"] > "2026-11-21"
 
 
+@pytest.mark.slow
 def test_growing_needs_a_page() -> None:
     command = [sys.executable, "-m", "benchmarks.accuracy", "--data", "nowhere", "--grow", "--list"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)

@@ -151,6 +151,7 @@ def test_what_was_asked_after_a_backup_is_not_answered_again(tmp_path: Path, fil
     world.restored.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_backups_while_sums_are_saved_are_of_one_moment_each(tmp_path: Path, files: Any) -> None:
     world = World(tmp_path, rounds=30)
     world.start()

@@ -168,6 +168,7 @@ def ask(port: int, path: str) -> tuple[int, str]:
             time.sleep(0.05)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("status", [0, 3])
 def test_after_a_run_that_is_over_no_other_begins(tmp_path: Path, first: Callable[..., object], status: int) -> None:
     script = f'echo "$@" >> {tmp_path}/calls; exit {status}'

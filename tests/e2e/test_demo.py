@@ -120,22 +120,15 @@ def features(tmp_path: Path) -> Path:
     return tmp_path / "features.npz"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "sites", "rounds", "adapter"),
     [
         (("--adapter", "facmic", "--noise", "local", "--local-steps", "3", "--rounds", "2"), 3, 2, "facmic"),
-        pytest.param(("--adapter", "linear"), 3, 20, "linear", marks=pytest.mark.slow),
-        pytest.param(
-            ("--noise", "local", "--local-steps", "5", "--rounds", "4"), 3, 4, "linear", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            ("--sites", "5", "--sampling-rate", "0.5", "--rounds", "4", "--engine", "opacus"),
-            5,
-            4,
-            "linear",
-            marks=pytest.mark.slow,
-        ),
-        pytest.param(("--private-eval", "--rounds", "3", "--sites", "4"), 4, 3, "linear", marks=pytest.mark.slow),
+        (("--adapter", "linear"), 3, 20, "linear"),
+        (("--noise", "local", "--local-steps", "5", "--rounds", "4"), 3, 4, "linear"),
+        (("--sites", "5", "--sampling-rate", "0.5", "--rounds", "4", "--engine", "opacus"), 5, 4, "linear"),
+        (("--private-eval", "--rounds", "3", "--sites", "4"), 4, 3, "linear"),
     ],
     ids=["facmic-local", "facmic", "local", "five-poisson-opacus", "private-evaluation"],
 )

@@ -140,6 +140,7 @@ def test_a_second_join_with_the_same_identity_is_refused(deploy: Any) -> None:
     assert deployment.children["site-1"].poll() is None, "the first process goes on"
 
 
+@pytest.mark.slow
 def test_a_certificate_of_another_federation_is_refused(deploy: Any, tmp_path: Path) -> None:
     deployment = deploy()
     deployment.serve()
@@ -155,6 +156,7 @@ def test_a_certificate_of_another_federation_is_refused(deploy: Any, tmp_path: P
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_ledger_that_cannot_be_written_stops_the_site_before_anything(deploy: Any) -> None:
     deployment = deploy()
     deployment.serve()
@@ -167,6 +169,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_site_before_anything(deploy: 
     assert not list(file.parent.glob("state/runs/*"))
 
 
+@pytest.mark.slow
 def test_a_wrong_model_is_refused_before_anything_is_charged(deploy: Any) -> None:
     deployment = deploy()
     deployment.serve()

@@ -17,6 +17,7 @@ POINTS = [
 STARTING = ("rename federation.json", "commit aggregator.db", "commit take_up")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize(("name", "point"), POINTS, ids=lambda value: value.replace(" ", "-"))
 def test_a_process_killed_there_is_followed_by_one_that_goes_on(name: str, point: str, when: When) -> None:

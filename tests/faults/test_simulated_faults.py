@@ -222,6 +222,7 @@ def explore(*, steps: int, number: int) -> None:
         number += 1
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_what_must_hold_holds_whatever_goes_wrong() -> None:
     explore(steps=10_000, number=0)

@@ -113,6 +113,7 @@ def test_an_upload_that_is_counted_twice_is_seen(monkeypatch: pytest.MonkeyPatch
             go_on(world, 600)
 
 
+@pytest.mark.slow
 def test_a_model_that_is_saved_apart_from_its_record_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     real = RunStore.sum_attempt
 

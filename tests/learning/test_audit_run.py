@@ -106,6 +106,7 @@ def test_no_canary_where_the_mean_is_as_long_as_a_feature() -> None:
         make_canaries(task, 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [
@@ -181,6 +182,7 @@ def realised_normaliser(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(audit_run, "train_locally", naive)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("bug", "options", "caught"),
     [
@@ -251,6 +253,7 @@ def test_adversarial_units_have_what_breaks_clips() -> None:
         assert not units.mask[9].any()
 
 
+@pytest.mark.slow
 def test_membership_is_a_figure_beside_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
     result = quick(seconds=60.0, membership=True)
     assert [m.subject for m in result.memberships] == ["no clipping, no noise", "ε = 4"]
@@ -273,6 +276,7 @@ def test_nonsense_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         quick(features=tmp_path / "missing.npz")
 
 
+@pytest.mark.slow
 def test_a_feature_file_is_audited_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(audit_run, "load_material", load_material)
     rng = np.random.default_rng(0)

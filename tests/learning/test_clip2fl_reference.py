@@ -75,6 +75,7 @@ def test_branches_leave_the_trunk_alone() -> None:
     assert torch.equal(parameters(alone), parameters(watched))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(TRUNKS))
 def test_every_trunk_learns_and_repeats_itself(name: str) -> None:
     schedule = replace(SCHEDULE, rounds=2)

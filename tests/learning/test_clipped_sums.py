@@ -68,6 +68,7 @@ def assert_close(found: Any, expected: Any, *, rel: float = 1e-10) -> None:
     assert np.linalg.norm(found - expected) <= rel * float(np.linalg.norm(expected)) + 1e-14
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(list(FORMS)),
     units=st.integers(0, 9),

@@ -109,6 +109,7 @@ def test_round_0_is_zero_shot(encoder: Encoder, scans: list[Image.Image]) -> Non
     assert not any(value.any() for value in START.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("records", "clip", "contrast"), [(1, 1000.0, False), (3, 0.02, False), (3, 0.02, True)])
 def test_clipped_sums_are_those_of_autograd(encoder: Encoder, records: int, clip: float, contrast: bool) -> None:
     """By record and by patient, with units of different sizes."""
@@ -133,6 +134,7 @@ def test_a_whole_unit_moves_the_sum_by_the_clip_at_most(encoder: Encoder, contra
     assert max(moves) > 0.99 * clip, "the clip is what holds it"
 
 
+@pytest.mark.slow
 def test_a_unit_is_untouched_by_the_others_bit_for_bit(encoder: Encoder) -> None:
     module = block_of(encoder, Contrast(away(2), away(3))).build(away(1)).train()
     units = torch.from_numpy(some_units(SPEC.dimension, units=3).features).double()

@@ -222,6 +222,7 @@ def test_default_rates_learn_with_signal_and_stay_at_zero_shot_without(kind: Ada
     assert gains[5.0] >= 0.03
 
 
+@pytest.mark.slow
 @pytest.mark.shared_data
 @pytest.mark.parametrize(
     ("name", "kind", "mu", "least_gain"),

@@ -82,6 +82,7 @@ def test_the_floor_of_the_loss_on_batches_like_the_brain_tumour_set() -> None:
     assert float(loss) == pytest.approx(reference.contrastive_floor([10, 9, 4, 9]), abs=1e-9)
 
 
+@pytest.mark.slow
 def test_a_round_takes_its_steps_and_learns() -> None:
     trainer = site(recipe=ReferenceRecipe(rate=1e-3, scale=10.0))
     values = reference.start(D, gate="batchnorm", seed=0)
@@ -135,6 +136,7 @@ def test_the_average_weighs_by_full_batches() -> None:
     assert mean["w"] == pytest.approx((36 + 20 + 92) / 69)
 
 
+@pytest.mark.slow
 def test_prediction_uses_running_statistics() -> None:
     trainer = site(recipe=ReferenceRecipe(rate=2e-3, scale=10.0))
     values = reference.start(D, gate="batchnorm", seed=0)

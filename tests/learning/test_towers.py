@@ -80,6 +80,7 @@ def autograd_loop(task: TowerTask, tensors: Mapping[str, Any], units: UnitFeatur
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("contexts", "at"), PROMPTS)
 def test_prompts_under_opacus_give_the_sums_of_autograd(encoder: Encoder, contexts: str, at: bool) -> None:
     task = prompts_of(encoder, contexts, at)
@@ -126,6 +127,7 @@ def test_a_unit_is_untouched_by_the_others_bit_for_bit(encoder: Encoder, name: s
     assert not torch.equal(one[1], two[1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("records", "clip"), [(1, 1000.0), (3, 0.02)])
 def test_branches_under_opacus_give_the_sums_of_autograd(encoder: Encoder, records: int, clip: float) -> None:
     task = lora_of(encoder)

@@ -102,6 +102,7 @@ def whole_run(folder: Path, **options: Any) -> tuple[float, float]:
     return accuracy["before"]["accuracy"], accuracy["after"]["accuracy"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "noise"), [("fedclip", "distributed"), ("bottleneck", "local"), ("moon", "local")])
 def test_a_whole_run_in_memory(tmp_path: Path, name: str, noise: str) -> None:
     steps = 3 if noise == "local" else 1

@@ -66,6 +66,7 @@ def saved_tensors(world: World) -> dict[str, Any]:
     return load_file(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "options"),
     [

@@ -51,6 +51,7 @@ def encoder() -> Encoder:
 # --- on features ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("noise", "options"),
     [("distributed", {"releases": 2}), ("local", {"local_steps": 2, "budget_share": 0.3})],
@@ -213,6 +214,7 @@ def test_an_aggregator_knows_the_network_without_torch(width: int) -> None:
     assert not begun["D"].any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("taught", [None, Distillation(0.5, 3.0)])
 def test_a_private_step_clips_each_image_by_itself(taught: Distillation | None) -> None:
     spec, head = small()
@@ -271,6 +273,7 @@ def image_settings(frozen: Encoder, *, noise: str = "distributed", **changes: An
     return settings_of(frozen, "clip2fl", method=method, privacy=privacy, **changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["distributed", pytest.param("local", marks=pytest.mark.slow)])
 def test_a_whole_private_run_on_images(tmp_path: Path, encoder: Encoder, noise: str) -> None:
     write_federation(scans := tmp_path / "scans", sites=3, per_class=2, test_per_class=1, seed=1)

@@ -107,6 +107,7 @@ class Trial:
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prepared", [0, 16])
 @pytest.mark.parametrize("adapter", ["linear", "facmic"])
 def test_a_run_sums_what_it_should_in_half_the_bytes(

@@ -74,6 +74,7 @@ def whole_run(
     return run_in_memory(load(made.federation, FederationConfig), sites, seed=None, watch=lambda *_: None), sites
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "noise"),
     [

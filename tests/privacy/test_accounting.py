@@ -46,6 +46,7 @@ def test_full_batch_composition_equals_the_exact_gaussian(delta: float, steps: i
         assert ours == pytest.approx(theirs, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("z", [0.8, 1.1, 2.5])
 @pytest.mark.parametrize("q", [0.01, 0.1, 0.5])
 def test_sampling_on_a_grid_against_two_other_accountants(z: float, q: float) -> None:

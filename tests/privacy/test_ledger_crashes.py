@@ -97,6 +97,7 @@ def crashes(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[str], 
     return home, told["points"], told["ends"]
 
 
+@pytest.mark.slow
 def test_there_are_at_least_twelve_points_and_each_one_kills(crashes: tuple[Path, list[str], list[int]]) -> None:
     _, points, ends = crashes
     assert len(points) >= 12

@@ -44,6 +44,7 @@ def test_only_the_last_rounds_charge_for_them_and_any_spare_attempt_may():
     assert len(found.events_of(7)) == 7 + 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("privacy", [{"noise": "local"}, {"noise": "local", "sampling_rate": 0.1}])
 def test_beside_noisy_local_steps_too(privacy: dict[str, object]):
     found = plan(last=LastReleases("class gradients", rounds=1, share=0.3), rounds=3, local_steps=2, **privacy)

@@ -201,6 +201,7 @@ def test_other_runs_on_the_same_data_are_shown_and_voids_are_not_charged(tmp_pat
     assert report["rounds"] == []
 
 
+@pytest.mark.slow
 def test_what_the_policy_and_the_officer_allow_is_beside_what_was_paid(tmp_path: Path) -> None:
     settings, plan = run_settings(), run_plan(run_settings())
     with spend(tmp_path, "north", plan.round_events) as ledger:
@@ -294,6 +295,7 @@ def test_the_schema_refuses_what_is_missing_or_extra(tmp_path: Path) -> None:
             validate(broken)
 
 
+@pytest.mark.slow
 def test_a_seeded_run_is_stamped_everywhere(tmp_path: Path) -> None:
     report = trainer(tmp_path, seeded=True)
     validate(report)
@@ -306,6 +308,7 @@ def test_a_seeded_run_is_stamped_everywhere(tmp_path: Path) -> None:
     assert "NO PRIVACY" not in render_html(trainer(tmp_path, "west"))
 
 
+@pytest.mark.slow
 def test_a_run_without_privacy_says_so_first_and_why(tmp_path: Path) -> None:
     report = trainer(tmp_path, no_privacy="public <data>")
     validate(report)
@@ -384,6 +387,7 @@ def test_signed_reports_say_whose_they_are(tmp_path: Path) -> None:
     assert "by the identity key of north <code>abababababababab…" in render_html(report | {"signature": signature})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "privacy", [{"sampling_rate": 0.3, "noise_multiplier": 2.0}, {"noise": "local", "unit": "record"}]
 )
@@ -477,6 +481,7 @@ def audit_result() -> dict[str, Any]:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_audit_is_shown_or_said_to_be_missing(tmp_path: Path) -> None:
     report = trainer(tmp_path)
     assert "empirical audit: not run" in render_html(report)

@@ -51,6 +51,7 @@ def forbid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "run_in_memory", run)
 
 
+@pytest.mark.slow
 def test_two_methods_and_two_targets_then_nothing_left_to_do(
     options: SimulationOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -82,6 +83,7 @@ def test_two_methods_and_two_targets_then_nothing_left_to_do(
     assert second["rows"] == first["rows"]
 
 
+@pytest.mark.slow
 def test_what_is_stopped_half_way_goes_on_with_what_is_missing(
     options: SimulationOptions, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -138,6 +140,7 @@ def test_other_settings_or_records_are_other_cells(options: SimulationOptions, f
     assert len({first, *others, key(options)}) == 7
 
 
+@pytest.mark.slow
 def test_a_seed_repeats_a_run_and_another_seed_does_not(options: SimulationOptions, tmp_path: Path) -> None:
     options = replace(options, epsilons=(1.0,), seeds=2)
     first, again = quietly(options), quietly(replace(options, out=tmp_path / "again"))

@@ -41,6 +41,7 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.slow
 def test_it_writes_a_teacher_that_loads_and_knows_its_images(
     example: ModuleType, data: Path, tmp_path: Path, capsys: Any
 ) -> None:

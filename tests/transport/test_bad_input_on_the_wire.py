@@ -152,6 +152,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ATTACKS)
 def test_what_a_member_must_not_send(served: Served, name: str, caplog: pytest.LogCaptureFixture) -> None:
     attack, code = ATTACKS[name]
@@ -296,6 +297,7 @@ HTTP_1 = b"GET / HTTP/1.1\r\nHost: localhost\r\n\r\n"
 HTTP_2 = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(64)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("message", [HTTP_1, HTTP_2, os.urandom(4096), b"\x16\x03\x01\xff\xff" + bytes(70_000)])
 def test_bytes_that_are_no_tls(served: Served, message: bytes, caplog: pytest.LogCaptureFixture) -> None:
     def knock() -> None:
@@ -309,6 +311,7 @@ def test_bytes_that_are_no_tls(served: Served, message: bytes, caplog: pytest.Lo
     assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("garbage", [HTTP_1, os.urandom(4096), HTTP_2[:24] + b"\xff" * 4096])
 def test_garbage_after_the_handshake(served: Served, garbage: bytes) -> None:
     """A member's own TLS, and nothing of HTTP/2 within."""

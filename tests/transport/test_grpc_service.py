@@ -98,6 +98,7 @@ def test_an_upload_that_does_not_fit_is_refused_at_its_header(served: Served) ->
         lines["site-1"].upload(header_for(served, size), memoryview(bytes(size)))
 
 
+@pytest.mark.slow
 def test_one_sites_flood_of_calls_is_refused_and_others_are_served(served: Served) -> None:
     flood = served.joined("site-1")
     flood._patience = 2.0

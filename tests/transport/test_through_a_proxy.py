@@ -57,6 +57,7 @@ class Wide:
         return pb.UploadHeader(**{**fields, **changes})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weather", [Weather(delay=0.01), Weather(rate=2e6), Weather(cut_after=6_000, cuts=4)])
 def test_a_run_completes(served: Served, weather: Weather) -> None:
     with Proxy(served.port, weather) as proxy:

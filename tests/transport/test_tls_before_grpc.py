@@ -30,6 +30,7 @@ for credentials in (tls.server_credentials, tls.one_sided_credentials):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("first", "answers"),
     [

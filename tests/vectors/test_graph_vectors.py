@@ -49,6 +49,7 @@ def test_the_reference_gives_every_message(phase: str) -> None:
     assert r.result().hex() == case["result"]
 
 
+@pytest.mark.slow
 def test_the_package_reproduces_the_vector() -> None:
     assert make_graph_vectors.build(NAME) == load()
     assert RoundDescriptor.parse(bytes.fromhex(load()["canonical"])).ctx.hex() == load()["ctx"]

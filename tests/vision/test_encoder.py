@@ -80,6 +80,7 @@ class TestTinyClip:
         ]
         assert 0.4 < np.mean(scores) < 0.8
 
+    @pytest.mark.slow
     def test_a_linear_head_learns_a_shifted_site(self, tiny: Encoder) -> None:
         def centred(seed: int) -> tuple[np.ndarray, np.ndarray]:
             images, labels = generate(50, seed=seed, acquisition=SITES["site_b"])
