@@ -101,13 +101,21 @@ class Coordinator:
 
     # --- calls of the sites -------------------------------------------------------------------------------------------
 
-    def join(self, site: str, request: pb.JoinRequest, now: float) -> pb.JoinReply:
-        """Open a session; raises as :func:`~fedsecure.aggregator.admission.admit`, and RunError FS-1703 where the
-        identity has a live session already."""
+    def join(self, site: str, request: pb.JoinRequest, now: float, expires: float | None = None) -> pb.JoinReply:
+        """Open a session.
+
+        Args:
+            expires: Unix time at which the certificate that the site showed ends.
+
+        Raises:
+            IdentityError, TransportError: as :func:`~fedsecure.aggregator.admission.admit`.
+            RunError: FS-1703 the identity has a live session already.
+        """
         admit(site, request, settings=self.settings, roster=self.roster)
         if self.sessions.open(site, request.session, now):
             try:
-                self.engine.account.tell("site-joined", site=site)
+                ends = {} if expires is None else {"certificate_expires": expires}
+                self.engine.account.tell("site-joined", site=site, **ends)
             except FedsecureError:
                 # Nobody is in a run unrecorded: the site's next try is a new session again.
                 self.sessions.close(site)

@@ -18,7 +18,7 @@ Kind = Literal[
     "run-paused",
     "run-continued",
     "run-ended",  # complete; code and reason where it was given up or stopped
-    "site-joined",  # site
+    "site-joined",  # site, certificate_expires: Unix time
     "site-left",  # site, code
     "site-refused",  # site, code: a call that broke a rule
     "keys-prepared",  # epoch, holders

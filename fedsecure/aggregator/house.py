@@ -41,9 +41,9 @@ class House:
             cure='set federation = "…" in site.toml, as the coordinator names it',
         )
 
-    def join(self, site: str, request: pb.JoinRequest, now: float) -> pb.JoinReply:
+    def join(self, site: str, request: pb.JoinRequest, now: float, expires: float | None = None) -> pb.JoinReply:
         core = self.chosen(site, request.federation)
-        reply = core.join(site, request, now)
+        reply = core.join(site, request, now, expires)
         place, token = (self.runs.index(core), site), bytes(request.session)
         self._of.pop(self._tokens.get(place, b""), None)
         self._tokens[place], self._of[token] = token, core

@@ -92,6 +92,8 @@ class Metrics:
             self._saved.set(happening.at)
         elif kind == "site-joined":
             self._joins.labels(facts["site"]).inc()
+            if "certificate_expires" in facts:
+                self.certificate(facts["site"], facts["certificate_expires"])
         elif kind == "site-left":
             self._departures.labels(facts.get("code") or "none").inc()
         elif kind == "site-refused":

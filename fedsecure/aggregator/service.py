@@ -6,6 +6,7 @@ One event loop; every call into the coordinator happens on it, so calls never ov
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 import logging
 import time
@@ -69,7 +70,7 @@ class Service(rpc.FederationServicer):
         async with self._call(context) as site:
 
             def join() -> pb.JoinReply:
-                reply = self._core.join(site, request, time.monotonic())
+                reply = self._core.join(site, request, time.monotonic(), expires=_shown(context)[1])
                 reply.protocol = agree(asked_for(request))
                 self._progress()
                 return reply
@@ -217,11 +218,7 @@ class Service(rpc.FederationServicer):
 
     def _caller(self, context: _Context) -> str:
         """The roster's site whose certificate this connection presented."""
-        pems = list(context.auth_context().get("x509_pem_cert", ()))
-        if pems:
-            certificate = x509.load_pem_x509_certificate(pems[0])
-            return self._standing.site_of(hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest())
-        return self._standing.site_of(b"")
+        return self._standing.site_of(_shown(context)[0])
 
     def _progress(self) -> None:
         """Do what is due; whoever is told something is woken, and nobody else."""
@@ -237,6 +234,20 @@ class Service(rpc.FederationServicer):
             # The caller hung up: its process or its line is gone.
             self._core.gone(site, token, time.monotonic())
             raise
+
+
+def _shown(context: _Context) -> tuple[bytes, float]:
+    """Fingerprint of the certificate that a connection presented, and the Unix time at which it ends."""
+    pems = list(context.auth_context().get("x509_pem_cert", ()))
+    return _read(bytes(pems[0])) if pems else (b"", 0.0)
+
+
+@functools.lru_cache(maxsize=4096)
+def _read(pem: bytes) -> tuple[bytes, float]:
+    # Asked for twice with every call and chunk, of the same few certificates.
+    certificate = x509.load_pem_x509_certificate(pem)
+    fingerprint = hashlib.sha256(certificate.public_bytes(Encoding.DER)).digest()
+    return fingerprint, certificate.not_valid_after_utc.timestamp()
 
 
 class _Call:

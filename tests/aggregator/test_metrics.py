@@ -112,7 +112,7 @@ def test_what_an_operator_is_woken_for() -> None:
     told(metrics, "attempt-summed", round=1, attempt=1, stage="training", survivors=["a", "b"], seconds=2.0,
          bytes_up=700, bytes_down=90)  # fmt: skip
     told(metrics, "round-saved", at=1234.5, round=1, stage="training", step=1)
-    told(metrics, "site-joined", site="a")
+    told(metrics, "site-joined", site="a", certificate_expires=1.5e9)
     told(metrics, "site-joined", site="a")
     told(metrics, "site-left", site="a", code="FS-1201")
     told(metrics, "site-left", site="b", code="")
@@ -134,6 +134,7 @@ def test_what_an_operator_is_woken_for() -> None:
     assert found["fedsecure_refusals_total", "FS-1510"] == found["fedsecure_alarms_total", "FS-1730"] == 1
     assert found["fedsecure_resumes_total",] == found["fedsecure_run_paused",] == 1
     assert found["fedsecure_certificate_expiry_seconds", "aggregator"] == 2e9
+    assert found["fedsecure_certificate_expiry_seconds", "a"] == 1.5e9, "a joining that does not say leaves it"
     told(metrics, "run-continued")
     assert samples(generate_latest(metrics.registry).decode())["fedsecure_run_paused",] == 0
 
