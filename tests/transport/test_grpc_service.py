@@ -50,11 +50,11 @@ def test_a_defect_inside_is_a_code_outside_and_the_service_goes_on(
 def test_a_full_disk_inside_is_no_reason_for_a_site_to_leave(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     line, join, calls = served.line("site-1"), served.core.join, []
 
-    def full_once(*arguments: Any) -> pb.JoinReply:
+    def full_once(*arguments: Any, **options: Any) -> pb.JoinReply:
         calls.append(1)
         if len(calls) == 1:
             raise EnvironmentProblem("FS-1820", "/state/audit.log cannot be written", expected="room", cure="make some")
-        return join(*arguments)
+        return join(*arguments, **options)
 
     monkeypatch.setattr(served.core, "join", full_once)
     roster = served.core._identity.roster
