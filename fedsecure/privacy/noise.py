@@ -1,7 +1,7 @@
 """The privacy generator: every random number a guarantee rests on (privacy.md §3.8, secagg.md §4.3).
 
 An AES-256-CTR stream under a key from the operating system, never seeded, saved or copied. On it: uniform
-words, Gaussian values (Box and Muller 1958), Poisson sampling, and exact discrete Gaussian samples after
+words, Gaussian values, Poisson sampling, and exact discrete Gaussian samples after
 Canonne, Kamath and Steinke, "The Discrete Gaussian for Differential Privacy" (2020), algorithm 3, vectorised:
 decisions are taken in float64 and re-taken with big numbers and further random bits wherever float64 could be
 wrong.
@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algori
 
 from fedsecure.errors import PrivacyError
 from fedsecure.messages import FloatArray
+from fedsecure.privacy import ziggurat
 
 Words = npt.NDArray[np.uint64]
 Integers = npt.NDArray[np.int64]
@@ -83,48 +84,11 @@ class PrivacyRng:
 
     def uniform(self, n: int) -> FloatArray:
         """``n`` uniform multiples of 2^-53 in (0, 1], float64, shape (n,)."""
-        values = np.empty(n, dtype=np.float64)
-        self._uniform(values, np.empty(n, dtype="<u8"))
-        return values
-
-    def _uniform(self, values: FloatArray, words: Words) -> None:
-        self._fill(words)
-        words >>= np.uint64(11)
-        np.copyto(values, words.view(np.int64))
-        values += 1.0
-        values *= 2.0**-53
+        return ziggurat.uniform(n, self._fill)
 
     def gaussian(self, n: int) -> FloatArray:
-        """``n`` standard normal values, float64, shape (n,); Box–Muller on 53-bit uniforms in (0, 1].
-
-        The resolution cuts the tails at 8.57, which adds about 1e-17 a value to δ.
-        """
-        out = np.empty(n, dtype=np.float64)
-        # Memory that is fresh from the operating system costs as much as the numbers in it.
-        room = np.empty((3, (min(n, _CHUNK) + 1) // 2), dtype=np.float64)
-        for start in range(0, n, _CHUNK):
-            count = min(_CHUNK, n - start)
-            half = (count + 1) // 2
-            radius, tangent, share = room[:, :half]
-            words = share.view("<u8")
-            self._uniform(radius, words)
-            np.sqrt(np.multiply(np.log(radius, out=radius), -2.0, out=radius), out=radius)
-            # With t = tan(θ/2): cos θ = 2/(1 + t²) − 1 and sin θ = 2t/(1 + t²). NumPy vectorises tan in float64 and
-            # neither cos nor sin, so this takes a fifth of the time.
-            self._fill(words)
-            # From −2^63 on, uniform: processors convert signed words at once, and unsigned ones in a branch.
-            words ^= np.uint64(1 << 63)
-            np.copyto(tangent, words.view(np.int64))
-            tangent *= np.pi * 2.0**-64
-            np.tan(tangent, out=tangent)
-            np.square(tangent, out=share)
-            share += 1.0
-            np.divide(2.0, share, out=share)
-            tangent *= share
-            share -= 1.0
-            np.multiply(radius, share, out=out[start : start + half])
-            np.multiply(radius[: count - half], tangent[: count - half], out=out[start + half : start + count])
-        return out
+        """``n`` standard normal values, float64, shape (n,) (:mod:`fedsecure.privacy.ziggurat`)."""
+        return ziggurat.normal(n, self._fill)
 
     def poisson_mask(self, n: int, q: float) -> npt.NDArray[np.bool_]:
         """Poisson sampling: each of ``n`` units independently with probability ``q`` in (0, 1]; bool, shape

@@ -1,0 +1,132 @@
+"""Standard normal values from uniform words, by the ziggurat method, vectorised.
+
+Marsaglia and Tsang, "The Ziggurat Method for Generating Random Variables", Journal of Statistical Software 5(8), 2000;
+Doornik, "An Improved Ziggurat Method to Generate Normal Random Samples", 2005. The area under exp(−x²/2), x ≥ 0, is cut
+into 256 layers of one area v. Layer i reaches from 0 to x_i and lies between the curve's heights at x_i and x_{i+1};
+layer 0 is the rectangle below the height at r = x_1, with the tail beyond r. A word picks a layer and a signed point of
+its width: left of x_{i+1} it lies under the curve, which holds for 98.5 % of all words and costs a product and a
+comparison. The rest is decided by the curve, or in the tail by Marsaglia's method (Technometrics 6, 1964).
+
+Bits are never used twice: 8 of a word choose the layer and the other 56 the point, so values are multiples of
+x_i·2^-55, rounded to float64. The tail ends where ln 2^-53 does, at 13.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import numpy as np
+import numpy.typing as npt
+
+from fedsecure.messages import FloatArray
+
+Words = npt.NDArray[np.uint64]
+Integers = npt.NDArray[np.int64]
+# Overwrites words with the next ones of a uniform stream.
+Fill = Callable[[Words], None]
+
+LAYERS = 256
+_PIECE = 1 << 15
+
+
+def _edges() -> FloatArray:
+    """x_0 … x_256: r is where 256 layers of one area end at the curve's top, found by bisection."""
+
+    def edges(r: float) -> tuple[list[float], float]:
+        area = r * math.exp(-r * r / 2) + math.sqrt(math.pi / 2) * math.erfc(r / math.sqrt(2))
+        found = [area * math.exp(r * r / 2), r]
+        while len(found) < LAYERS:
+            height = area / found[-1] + math.exp(-(found[-1] ** 2) / 2)
+            if height >= 1:  # too few layers fit: r is too small
+                return found, math.inf
+            found.append(math.sqrt(-2 * math.log(height)))
+        return found, area / found[-1] + math.exp(-(found[-1] ** 2) / 2) - 1
+
+    low, high = 3.0, 4.0
+    while low < (middle := (low + high) / 2) < high:
+        low, high = (middle, high) if edges(middle)[1] > 0 else (low, middle)
+    return np.array([*edges(high)[0], 0.0])
+
+
+EDGES = _edges()
+TAIL = float(EDGES[1])
+_HEIGHTS = np.exp(-np.square(EDGES) / 2)
+_HEIGHTS[0] = 0.0
+_SCALES, _INNER = EDGES[:-1] * 2.0**-55, EDGES[1:].copy()
+
+
+def normal(n: int, fill: Fill) -> FloatArray:
+    """``n`` independent standard normal values, float64, shape (n,).
+
+    Args:
+        n: how many.
+        fill: the uniform stream; about 1.03 words a value are taken from it.
+    """
+    out, left, of = np.empty(n), [], []
+    # Memory that is fresh from the operating system costs as much as the numbers in it.
+    most = min(n, _PIECE)
+    words, layers, bounds = np.empty(most, np.uint64), np.empty(most, np.int64), np.empty(most)
+    for start in range(0, n, _PIECE):
+        piece = out[start : start + _PIECE]
+        count = len(piece)
+        undecided = _points(piece, layers[:count], words[:count], bounds[:count], fill)
+        left.append(undecided + start)
+        of.append(layers[undecided])
+    if n:
+        _decide(out, np.concatenate(left), np.concatenate(of), fill)
+    return out
+
+
+def _decide(values: FloatArray, left: Integers, layers: Integers, fill: Fill) -> None:
+    """Settle the values at ``left``, points of ``layers`` that may be above the curve."""
+    while len(left):
+        x, tail = values[left], layers == 0
+        values[left[tail]] = np.copysign(_beyond(int(tail.sum()), fill), x[tail])
+        left, layers, x = left[~tail], layers[~tail], x[~tail]
+        low, high = _HEIGHTS[layers], _HEIGHTS[layers + 1]
+        above = low + uniform(len(x), fill) * (high - low) >= np.exp(-np.square(x) / 2)
+        # Whoever is above the curve is drawn anew.
+        left = left[above]
+        again, layers = np.empty(len(left)), np.empty(len(left), np.int64)
+        undecided = _points(again, layers, np.empty(len(left), np.uint64), np.empty(len(left)), fill)
+        values[left] = again
+        left, layers = left[undecided], layers[undecided]
+
+
+def uniform(n: int, fill: Fill) -> FloatArray:
+    """``n`` uniform multiples of 2^-53 in (0, 1], float64, shape (n,)."""
+    words = np.empty(n, np.uint64)
+    fill(words)
+    words >>= np.uint64(11)
+    # Signed words are converted at once, unsigned ones in a branch.
+    values = words.view(np.int64).astype(np.float64)
+    values += 1.0
+    values *= 2.0**-53
+    return values
+
+
+def _points(values: FloatArray, layers: Integers, words: Words, bounds: FloatArray, fill: Fill) -> Integers:
+    """A point of a layer for each value; which of them are not known to be under the curve. ``bounds`` is scratch."""
+    fill(words)
+    np.bitwise_and(words, np.uint64(LAYERS - 1), out=layers.view(np.uint64))
+    signed = words.view(np.int64)
+    signed >>= 8
+    np.copyto(values, signed)
+    values *= np.take(_SCALES, layers, out=bounds, mode="clip")
+    np.take(_INNER, layers, out=bounds, mode="clip")
+    return np.flatnonzero(np.abs(values, out=words.view(np.float64)) >= bounds)
+
+
+def _beyond(n: int, fill: Fill) -> FloatArray:
+    """``n`` values of the tail beyond r."""
+    found, open_ = np.empty(n), np.arange(n)
+    while len(open_):
+        more = -np.log(uniform(len(open_), fill)) / TAIL
+        kept = -2 * np.log(uniform(len(open_), fill)) > np.square(more)
+        found[open_[kept]] = TAIL + more[kept]
+        open_ = open_[~kept]
+    return found
+
+
+__all__ = ["EDGES", "LAYERS", "TAIL", "normal", "uniform"]
