@@ -228,15 +228,15 @@ def privatise_on_grid(
     grid = clip_norm / 2**24
     bound = 2**24 * (1 + _CLIP_SLACK) + math.sqrt(clipped_sum.size) + _SUM_SLACK
     std = noise_multiplier * bound
-    values = np.empty_like(clipped_sum)
+    check_finite(clipped_sum, "a clipped sum")
+    values = rng.gaussian(clipped_sum.size)
+    room = np.empty(min(_PIECE, clipped_sum.size))
     # In pieces that a core's cache holds from the first operation to the last.
     for start in range(0, clipped_sum.size, _PIECE):
-        piece = slice(start, start + _PIECE)
-        check_finite(clipped_sum[piece], "a clipped sum")
-        steps = np.divide(clipped_sum[piece], grid, out=values[piece])
-        np.rint(steps, out=steps)
-        noise = rng.gaussian(steps.size)
+        exact, noise = clipped_sum[start : start + _PIECE], values[start : start + _PIECE]
         noise *= std
-        steps += np.rint(noise, out=noise)
-        steps *= grid
+        np.rint(noise, out=noise)
+        steps = np.divide(exact, grid, out=room[: exact.size])
+        noise += np.rint(steps, out=steps)
+        noise *= grid
     return values
