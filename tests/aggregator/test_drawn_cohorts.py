@@ -468,6 +468,7 @@ class Withholding(MemoryTransport):
             super().send(message)
 
 
+@pytest.mark.slow
 def test_who_withholds_a_reveal_is_left_out_of_the_next_toss_and_gets_its_record(tmp_path: Path) -> None:
     world = World(tmp_path, sites=5, rounds=5, waits=DRAWN)
     world.start()

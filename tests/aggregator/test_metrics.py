@@ -77,6 +77,7 @@ def test_it_answers_on_a_port_of_its_own(tmp_path: Path) -> None:
             metrics.serve(wrong)
 
 
+@pytest.mark.slow
 def test_the_program_serves_them_and_stops(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(tmp_path, waits={"start_seconds": 2.0})
     config = world.start().config.model_copy(update={"metrics": "127.0.0.1:0", "listen": "127.0.0.1:0"})

@@ -174,6 +174,7 @@ class TestFolder:
 
 
 class TestHoldout:
+    @pytest.mark.slow
     @given(st.text(max_size=20), st.floats(0, 1), st.floats(0, 1))
     def test_monotone(self, unit: str, a: float, b: float) -> None:
         low, high = sorted((a, b))

@@ -111,6 +111,7 @@ def test_a_running_aggregator_is_backed_up_and_its_run_goes_on_elsewhere(tmp_pat
     world.restored.close()  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_what_was_asked_after_a_backup_is_not_answered_again(tmp_path: Path, files: Any) -> None:
     """An older backup is an aggregator set back: it asks what its sites have answered already."""
     world = World(tmp_path, rounds=30)

@@ -100,6 +100,7 @@ def test_a_charge_that_is_not_on_disk_before_the_answer_is_seen(monkeypatch: pyt
             check_everything(world)
 
 
+@pytest.mark.slow
 def test_an_upload_that_is_counted_twice_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     # Two things count a repeat once: the answers kept by request, and the messages kept by sender.
     monkeypatch.setattr(Answers, "find", lambda *arguments: None)

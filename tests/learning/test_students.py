@@ -137,6 +137,7 @@ def gradients(spec: StudentSpec, held: UnitFeatures, row: int) -> np.ndarray[Any
     return np.concatenate([parameter.grad.flatten().numpy() for parameter in student.parameters()])  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [StudentSpec("resnet8", 3, width=1, norm="group", projection=32), StudentSpec("features", 3, inputs=12)],

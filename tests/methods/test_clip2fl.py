@@ -238,6 +238,7 @@ def test_a_projected_run_releases_fewer_values(tmp_path: Path):
     assert np.isfinite(final["D"]).all()
 
 
+@pytest.mark.slow
 def test_the_sum_is_on_disk_before_the_computation_and_polls_are_answered_meanwhile(tmp_path: Path, monkeypatch):
     world = world_of(tmp_path, rounds=1)
     seen: dict[str, Any] = {}

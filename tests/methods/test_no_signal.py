@@ -73,6 +73,7 @@ def federate(kind: Any, noise: str, epsilon: float, seed: int, *, rate: float | 
     return before, after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["distributed", "local"])
 @pytest.mark.parametrize("kind", ["linear", "facmic"])
 def test_without_budget_accuracy_stays_at_zero_shot(kind: Any, noise: str) -> None:

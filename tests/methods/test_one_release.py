@@ -31,6 +31,7 @@ def settings_for(name: str, *, epsilon: float = 8.0, noise: str = "distributed",
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["distributed", "local"])
 @pytest.mark.parametrize("name", METHODS)
 def test_a_federation_learns_in_one_release(tmp_path: Path, name: str, noise: str) -> None:

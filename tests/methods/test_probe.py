@@ -15,6 +15,7 @@ from fedsecure.methods.linear import METHOD as LINEAR
 from fedsecure.methods.probe import METHOD
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noise", ["distributed", "local"])
 def test_a_run_begins_at_chance_and_learns_without_texts(tmp_path: Path, noise: str) -> None:
     # At this ε a step's noise is some hundredths of its signal: what is learned does not hang on chance.

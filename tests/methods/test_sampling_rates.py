@@ -34,6 +34,7 @@ def world_of(folder: Path, rates: dict[str, float], **options: Any) -> World:
     return world
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     # Calibration by privacy-loss distributions takes long; the multiplier given is enough for ε = 8.
     "options",

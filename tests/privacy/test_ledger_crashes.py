@@ -105,6 +105,7 @@ def test_there_are_at_least_twelve_points_and_each_one_kills(crashes: tuple[Path
     assert {"INSERT", "COMMIT", "before fsync", "after replace", "reserved", "committed", "void"} <= set(points)
 
 
+@pytest.mark.slow
 def test_killed_anywhere_the_ledger_is_never_below_the_truth(crashes: tuple[Path, list[str], list[int]]) -> None:
     home, points, _ = crashes
     seen = set()

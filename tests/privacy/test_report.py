@@ -379,6 +379,7 @@ def test_the_sections_are_in_the_order_of_nist_sp_800_226(tmp_path: Path) -> Non
         assert headings == [(str(number), name) for number, name in enumerate(NIST, 1)]
 
 
+@pytest.mark.slow
 def test_signed_reports_say_whose_they_are(tmp_path: Path) -> None:
     report = trainer(tmp_path)
     assert "Ed25519" not in render_html(report).split("Provenance")[1]
@@ -440,6 +441,7 @@ def test_shares_by_purpose_add_up_to_the_whole(tmp_path: Path) -> None:
     assert "80.0%" in page
 
 
+@pytest.mark.slow
 def test_units_at_several_sites_cost_more_and_the_report_says_so(tmp_path: Path) -> None:
     apart = network(tmp_path)
     figures = [row for row in apart["several_sites"]["figures"] if row["population"] == "train"]

@@ -218,6 +218,7 @@ def run() -> Run:
     return Run(sparse(), drops).advertise().shares().masked().survivors().unmask()
 
 
+@pytest.mark.slow
 def test_the_sum_is_exact_with_drop_outs_in_every_phase(run: Run) -> None:
     sites = federation(N).sites
     k = run.descriptor.neighbours
@@ -244,6 +245,7 @@ def test_the_sum_is_exact_with_drop_outs_in_every_phase(run: Run) -> None:
         run.clients[site].finished(result.result_message)
 
 
+@pytest.mark.slow
 def test_a_site_with_too_few_neighbours_left_stops(run: Run) -> None:
     """Its secrets could not be opened if it dropped out, so it does not upload. (One that never read its shares.)"""
     site = run.descriptor.cohort[4]

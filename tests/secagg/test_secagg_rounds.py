@@ -54,6 +54,7 @@ def patterns(draw: st.DrawFn) -> tuple[int, int, dict[Phase, set[str]], int]:
     return n, d, drops, draw(st.integers(0, 2**32 - 1))
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(patterns())
 def test_the_sum_is_exact_with_drop_outs_in_every_phase(pattern) -> None:

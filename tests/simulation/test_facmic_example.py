@@ -85,6 +85,7 @@ def test_folders(
     assert rows_of(out) == rows
 
 
+@pytest.mark.slow
 def test_a_feature_file(example: ModuleType, tmp_path: Path) -> None:
     features, out = tmp_path / "features.npz", tmp_path / "out"
     write_features(features, count=120)

@@ -110,6 +110,7 @@ def test_what_is_stopped_half_way_goes_on_with_what_is_missing(
     assert (after["computed"], after["reused"]) == (1, 1)
 
 
+@pytest.mark.slow
 def test_a_torn_result_is_no_result(options: SimulationOptions) -> None:
     first = quietly(options)
     (cell,) = (options.out / "cells").iterdir()
@@ -206,6 +207,7 @@ def laid_out(tmp_path: Path, features: Path) -> Callable[[PolicyConfig], Path]:
 OPEN = PolicyConfig(unit="record", max_epsilon=1e9, min_noise_multiplier=0.0)
 
 
+@pytest.mark.slow
 def test_a_laid_out_federation_runs_with_its_own_files(
     options: SimulationOptions, laid_out: Callable[[PolicyConfig], Path]
 ) -> None:

@@ -133,6 +133,7 @@ def test_the_recorder_writes_vectors_only_where_asked() -> None:
 # --- damaged files -----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bit_flipped_after_the_seal_is_noticed(tmp_path: Path) -> None:
     """Every bit of the file, in strides: never an untyped error, never a clean verdict."""
     good = GOLDEN.read_bytes()
