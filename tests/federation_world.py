@@ -116,6 +116,7 @@ class World:
         )
         self.gate = threading.Condition()
         self.happened: list[Happening] = []
+        self.gone: frozenset[str] = frozenset()
         self.errors: dict[str, BaseException] = {}
 
     def start(self) -> Coordinator:
@@ -132,7 +133,12 @@ class World:
         self.database = Database("", make_folder(config.state))
         store = unfinished(self.database, config) or begin(self.database, config, os.urandom(16))
         self.coordinator = Coordinator(
-            config, load_identity(config.identity), store=store, now=time.monotonic(), listener=self.happened.append
+            config,
+            load_identity(config.identity),
+            store=store,
+            now=time.monotonic(),
+            listener=self.happened.append,
+            gone=self.gone,
         )
         return self.coordinator
 

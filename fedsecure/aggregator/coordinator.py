@@ -6,7 +6,7 @@ must not overlap. Every wait is bounded and knows what it waits for (:meth:`Coor
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from hmac import compare_digest
 from typing import Any
 
@@ -38,6 +38,7 @@ class Coordinator:
         store: the run's, new or of a process that ended.
         now: the time.
         listener: is told what happens, once it is on the disk.
+        gone: sites of the run that cannot come any more; nobody waits for them.
 
     Raises:
         IdentityError: FS-1450, FS-1455 a site's role is not the roster's.
@@ -53,8 +54,9 @@ class Coordinator:
         store: RunStore,
         now: float,
         listener: Listener = lambda happening: None,
+        gone: Collection[str] = (),
     ) -> None:
-        self.engine = Engine(config, identity, store=store, now=now, listener=listener)
+        self.engine = Engine(config, identity, store=store, now=now, listener=listener, gone=gone)
         self._identity = identity
         self._store = store
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from hmac import compare_digest
 from typing import Any
@@ -65,8 +65,10 @@ class Engine:
         store: RunStore,
         now: float,
         listener: Listener = lambda happening: None,
+        gone: Collection[str] = (),
     ) -> None:
         self.config = config
+        self._gone = frozenset(gone)
         self.run = store.run
         self.settings = config.settings()
         check_roles(self.settings, identity.roster)
@@ -315,8 +317,9 @@ class Engine:
         """Which of these sites are there, once they are enough; RunError FS-1701 where that takes too long."""
         live = [site for site in sites if self.sessions.ready(site, now)]
         patient = now - self.waiting_since < self.config.rounds.start_seconds
-        # The first question of a process waits for everybody; later ones for those it cannot do without.
-        if len(live) >= (len(sites) if self.first_round and patient else least):
+        # The first question of a process waits for everybody who may come; later ones for those it cannot do without.
+        expected = max(least, len(set(sites) - self._gone))
+        if len(live) >= (expected if self.first_round and patient else least):
             return live
         if not patient:
             raise RunError(

@@ -86,7 +86,7 @@ async def _serve_runs(
     announce: Announce,
     watch: Watch,
 ) -> list[dict[str, Any]]:
-    pairs = [held.enter_context(_run(config, identity, standing.sealed)) for config in configs]
+    pairs = [held.enter_context(_run(config, identity, standing)) for config in configs]
     runs, metrics = [core for core, _ in pairs], [one for _, one in pairs]
     house = House(runs)
     for core, one in pairs:
@@ -173,20 +173,22 @@ def _goes_on(config: FederationConfig) -> bool:
 
 
 @contextmanager
-def _run(config: FederationConfig, identity: Identity, newest: bytes) -> Iterator[tuple[Coordinator, Metrics | None]]:
-    """The run of a file, the one that is not over or a new one, and its metrics if anybody may ask for them.
-
-    ``newest``: the signed roster in force.
-    """
+def _run(
+    config: FederationConfig, identity: Identity, standing: Standing
+) -> Iterator[tuple[Coordinator, Metrics | None]]:
+    """The run of a file, the one that is not over or a new one, and its metrics if anybody may ask for them."""
     database = open_database(config)
     try:
         store = unfinished(database, config) or begin(database, config, os.urandom(16))
-        roster = Roster.opened(store.roster(newest), identity.coordinator_key, name=f"the roster of {store.folder}")
+        sealed = store.roster(standing.sealed)
+        roster = Roster.opened(sealed, identity.coordinator_key, name=f"the roster of {store.folder}")
+        gone = {entry.site for entry in roster.entries} - {entry.site for entry in standing.roster.entries}
         identity = replace(identity, roster=roster)
         metrics = Metrics(store.run.hex()) if config.metrics else None
         heard = listening(config, identity, run=store.run.hex(), metrics=metrics)
         try:
-            yield Coordinator(config, identity, store=store, now=time.monotonic(), listener=heard), metrics
+            now = time.monotonic()
+            yield Coordinator(config, identity, store=store, now=now, listener=heard, gone=gone), metrics
         finally:
             heard.close()
     finally:

@@ -328,6 +328,16 @@ def test_a_run_goes_on_with_its_own_roster_after_a_member_was_taken_out(tmp_path
     assert kept.read_bytes() != (config.identity / "roster.json").read_bytes()
 
 
+def test_nobody_waits_for_a_member_that_was_taken_out(tmp_path: Path) -> None:
+    world = World(tmp_path, sites=4, rounds=1, waits={"start_seconds": 3600.0})
+    world.gone = frozenset({"site-4"})
+    world.start()
+    world.run(*(world.take_part(name) for name in world.names[:3]))
+    assert not world.errors, world.errors
+    assert world.coordinator.outcome is not None
+    assert world.coordinator.outcome["complete"]
+
+
 def test_a_run_can_be_paused_and_goes_on(tmp_path: Path) -> None:
     world = World(tmp_path, rounds=3)
     core = world.start()
