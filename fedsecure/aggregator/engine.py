@@ -104,7 +104,7 @@ class Engine:
         self.ended_at = now
         if standing.outcome is not None:
             # The process that ended the run may have been killed before it said so; twice is better than never.
-            self._tell_the_end(standing.outcome)
+            self._tell_the_end(standing.outcome, reason=standing.outcome.get("error", ""))
             self._say_the_end(standing.outcome, now)
 
     def tick(self, now: float) -> None:
@@ -419,7 +419,7 @@ class Engine:
             except FedsecureError as worse:
                 log.warning("the end of the run is not in the database: %s", worse)
         try:
-            self._tell_the_end(outcome, final=final)
+            self._tell_the_end(outcome, reason=error.found, final=final)
         except FedsecureError as worse:
             log.warning("the end of the run is not in the audit log: %s", worse)
         if final:
@@ -428,13 +428,11 @@ class Engine:
             # To the sites it is a line that breaks: they join the next process of this run again.
             self.outcome, self.ended_at = outcome, now
 
-    def _tell_the_end(self, outcome: Mapping[str, Any], *, final: bool = True) -> None:
+    def _tell_the_end(self, outcome: Mapping[str, Any], *, reason: str = "", final: bool = True) -> None:
         if outcome["complete"]:
             self.account.tell("run-ended", complete=True)
         else:
-            code = outcome["code"]
-            reason = outcome["error"].removeprefix(f"{code}: ")
-            self.account.tell("run-ended", complete=False, code=code, reason=reason, final=final)
+            self.account.tell("run-ended", complete=False, code=outcome["code"], reason=reason, final=final)
 
     def _say_the_end(self, outcome: dict[str, Any], now: float) -> None:
         if outcome["complete"]:
