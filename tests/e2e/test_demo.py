@@ -125,12 +125,10 @@ def features(tmp_path: Path) -> Path:
     ("options", "sites", "rounds", "adapter"),
     [
         (("--adapter", "facmic", "--noise", "local", "--local-steps", "3", "--rounds", "2"), 3, 2, "facmic"),
-        (("--adapter", "linear"), 3, 20, "linear"),
-        (("--noise", "local", "--local-steps", "5", "--rounds", "4"), 3, 4, "linear"),
         (("--sites", "5", "--sampling-rate", "0.5", "--rounds", "4", "--engine", "opacus"), 5, 4, "linear"),
         (("--private-eval", "--rounds", "3", "--sites", "4"), 4, 3, "linear"),
     ],
-    ids=["facmic-local", "facmic", "local", "five-poisson-opacus", "private-evaluation"],
+    ids=["facmic-local", "five-poisson-opacus", "private-evaluation"],
 )
 def test_demo_on_features(
     tmp_path: Path, features: Path, options: tuple[str, ...], sites: int, rounds: int, adapter: str
