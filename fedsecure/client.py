@@ -41,7 +41,7 @@ from fedsecure.site.diary import Diary
 from fedsecure.site.draws import Draws
 from fedsecure.site.line import Line, Moment, Progress
 from fedsecure.site.membership import Membership, accept_welcome, check_identity
-from fedsecure.site.questions import Question, accept, accept_set_up
+from fedsecure.site.questions import Question, accept, accept_set_up, rehearse
 from fedsecure.site.results import RunFolder, final_hashes, signed_report
 from fedsecure.site.rounds import Rounds
 from fedsecure.site.sources import Sources
@@ -200,6 +200,13 @@ class Client:
         reply = self._line.join(self._identity.roster.hash)
         self._member = accept_welcome(
             reply, config=self.config, identity=self._identity, ledger=self.ledger, progress=self._progress
+        )
+        rehearse(
+            self._member.settings,
+            start=self._member.start,
+            run=self.run_id,
+            roster=self._identity.roster,
+            config=self.config,
         )
         self._folder = RunFolder(make_folder(self.config.state / "runs" / self.run_id.hex()))
         latch = FileLatch(self.config.state / "latch.json")

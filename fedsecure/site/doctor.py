@@ -26,6 +26,7 @@ from fedsecure.files import make_folder
 from fedsecure.identity import certificates
 from fedsecure.identity.provision import Identity, load_identity
 from fedsecure.learning.features import check_declared, check_patients
+from fedsecure.methods.agenda import starting_state
 from fedsecure.methods.constants import run_constants
 from fedsecure.methods.registry import load_training_method
 from fedsecure.privacy.ledger import Ledger
@@ -38,6 +39,7 @@ from fedsecure.site.membership import (
     entry_of,
     training_section,
 )
+from fedsecure.site.questions import rehearse
 from fedsecure.transport.channel import GrpcTransport
 from fedsecure.transport.probe import Address, Handshake, connect, resolve, shake_hands
 from fedsecure.transport.status import printable
@@ -245,6 +247,11 @@ class Examination:
         check_declared(len(set(records.record_ids if patients is None else patients)), declared, dataset=section.name)
         return f"{section.name}: found, at most the declared {declared:,} units, by {unit}"
 
+    def limits(self) -> str:
+        start = starting_state(self.settings)
+        rehearse(self.settings, start=start, run=self.run, roster=self.identity.roster, config=self.config)
+        return "every question of this run keeps to the file's [policy]"
+
     def budget(self) -> str:
         if self.entry.role != "train":
             raise NotHere("this site only evaluates")
@@ -275,6 +282,7 @@ CHECKS = (
     Check("encoder", ("aggregator", "device"), Examination.encoder),
     Check("training data", ("aggregator",), Examination.training),
     Check("evaluation data", ("aggregator",), Examination.evaluation),
+    Check("limits", ("aggregator",), Examination.limits),
     Check("budget", ("aggregator", "disk"), Examination.budget),
 )
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from fedsecure.config import PolicyConfig
+from fedsecure.config import PolicyConfig, RunSettings, SiteConfig
 from fedsecure.errors import ProtocolError
+from fedsecure.identity.roster import Roster
 from fedsecure.messages import Query
-from fedsecure.methods.agenda import asked_at, question
-from fedsecure.methods.base import Ask
+from fedsecure.methods.agenda import asked_at, evaluates, question
+from fedsecure.methods.base import Ask, ServerState
+from fedsecure.methods.cohorts import cohort_of
 from fedsecure.methods.contexts import config_hash, epoch_context, round_context
+from fedsecure.privacy.policy import check_query
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.draw import Draw
 from fedsecure.secagg.epoch_descriptor import EpochDescriptor
@@ -127,6 +130,58 @@ def accept_set_up(asked: pb.Prepare, member: Membership) -> EpochDescriptor:
         config_hash=settings.digest(),
     )
     return descriptor
+
+
+def rehearse(settings: RunSettings, *, start: ServerState, run: bytes, roster: Roster, config: SiteConfig) -> None:
+    """Refuse a run of which this site would refuse a question, before anybody waits for its answer.
+
+    Every kind of question that the settings call for is put together as the aggregator will, and judged by this site's
+    own limits. What only a real one has, its tensors and its draw, is left to :func:`accept`.
+
+    Args:
+        settings: the run's public settings, which name the site.
+        start: :func:`fedsecure.methods.agenda.starting_state` of these settings.
+        run: the run's id, 16 bytes.
+        roster: the site's own verified copy.
+        config: the site's file.
+
+    Raises:
+        ProtocolError, PrivacyError: as :func:`accept` and :func:`fedsecure.privacy.policy.check_query` would.
+    """
+    rounds, before = settings.method.rounds, int(evaluates(settings, "before"))
+    # A method may ask something else first, as prototypes, and in the last of its rounds.
+    for round in sorted({0, before, before + 1, before + rounds - 1, before + rounds}):
+        ask = question(settings, round, start=start)
+        if ask is None:
+            continue
+        sites, _ = cohort_of(settings, trainers_only=ask.trainers_only)
+        if config.site not in sites:
+            continue
+        if ask.trainers_only and settings.draws:
+            others = [site for site in sites if site != config.site][: settings.cohort_size() - 1]
+            sites = tuple(site for site in sites if site == config.site or site in others)
+        query = Query(
+            run=run,
+            round=round,
+            attempt=0,
+            method=ask.method,
+            version=ask.version,
+            cohort=sites,
+            inputs=dict.fromkeys(ask.inputs, bytes(32)),
+            segments=ask.segments,
+            events=ask.events,
+            ring_bits=ask.ring_bits,
+        )
+        check(
+            round_context(settings, query, roster=roster, trainers_only=ask.trainers_only),
+            query,
+            policy=floors(config.policy),
+            roster=roster,
+            site=config.site,
+            config_hash=settings.digest(),
+            base_hash=bytes.fromhex(settings.encoder.fingerprint),
+        )
+        check_query(query, settings, config.policy)
 
 
 def floors(limits: PolicyConfig) -> RoundPolicy:

@@ -208,7 +208,19 @@ def test_a_release_that_is_made_once_asks_everybody(method: dict[str, Any]) -> N
     start()
 
 
-def test_floors_of_a_site_apply_to_the_drawn_cohort(tmp_path: Path) -> None:
+def test_a_run_that_draws_too_few_is_refused_at_joining(tmp_path: Path) -> None:
+    world = World(tmp_path, sites=5, rounds=1, waits=DRAWN)
+    world.start()
+    policy = PolicyConfig(max_epsilon=8.0, unit="record", max_evaluation_epsilon=8.0, min_cohort=4)
+    with pytest.raises(ProtocolError, match="FS-1331: .* a cohort of 3 sites"):
+        world.take_part("site-1", changes={"policy": policy})()
+    assert world.coordinator.engine.draw is None
+    assert not (tmp_path / "site-1" / "state" / "runs").exists()
+
+
+def test_floors_of_a_site_apply_to_the_drawn_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a site could not tell beforehand."""
+    monkeypatch.setattr("fedsecure.client.rehearse", lambda *_, **__: None)
     world = World(tmp_path, sites=5, rounds=1, waits=DRAWN)
     world.start()
     policy = PolicyConfig(max_epsilon=8.0, unit="record", max_evaluation_epsilon=8.0, min_cohort=4)

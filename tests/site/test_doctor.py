@@ -91,6 +91,10 @@ def test_the_budget_of_a_used_ledger_is_looked_at(served: Served) -> None:
         ({"identity": "absent"}, "keys", "FS-1400"),
         ({"device": "cuda:7"}, "device", "FS-1607"),
         ({"encoder_file": "absent.npz"}, "encoder", "FS-1100"),
+        ({"policy": {"max_epsilon": 8.0, "unit": "record", "min_cohort": 4}}, "limits", "FS-1331"),
+        ({"policy": {"max_epsilon": 8.0, "unit": "patient"}}, "limits", "FS-1223"),
+        ({"policy": {"max_epsilon": 8.0, "unit": "record", "noise": ["local"]}}, "limits", "FS-1221"),
+        ({"policy": {"max_epsilon": 8.0, "unit": "record", "methods": ["linear"]}}, "limits", "FS-1342"),
     ],
 )
 def test_what_the_sites_file_has_wrong(served: Served, changes: dict[str, Any], check: str, code: str) -> None:
