@@ -17,13 +17,13 @@ import sys
 import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from fedsecure.config import SiteConfig, load
 from fedsecure.data.dataset import Dataset
-from fedsecure.errors import FedsecureError, RoundAborted, RunError
+from fedsecure.errors import FedsecureError, IdentityError, RoundAborted, RunError
 from fedsecure.extras import require
 from fedsecure.files import make_folder
 from fedsecure.identity import certificates
@@ -37,6 +37,7 @@ from fedsecure.privacy.plan import PrivacyPlan
 from fedsecure.secagg.client import SecAggClient
 from fedsecure.secagg.coin import is_record, is_toss
 from fedsecure.secagg.latch import FileLatch
+from fedsecure.site import rosters
 from fedsecure.site.diary import Diary
 from fedsecure.site.draws import Draws
 from fedsecure.site.line import Line, Moment, Progress
@@ -197,7 +198,7 @@ class Client:
         return self._transport
 
     def _join(self) -> None:
-        reply = self._line.join(self._identity.roster.hash)
+        reply = self._welcome()
         self._member = accept_welcome(
             reply, config=self.config, identity=self._identity, ledger=self.ledger, progress=self._progress
         )
@@ -210,12 +211,32 @@ class Client:
         )
         self._folder = RunFolder(make_folder(self.config.state / "runs" / self.run_id.hex()))
         latch = FileLatch(self.config.state / "latch.json")
+        rosters.keep(self._folder.path, self._identity, folder=self.config.identity)
         self._diary.joined(self._member)
         work_on(run=self.run_id.hex(), site=self.config.site)
         self._rounds = Rounds.begin(self._member, self._line, folder=self._folder, latch=latch, diary=self._diary)
         self._draws = Draws.begin(self._member, self._line, folder=self._folder)
         self._sources = Sources(self._member, self.ledger, self._rng, self._progress)
         self._line.start_pulse()
+
+    def _welcome(self) -> pb.JoinReply:
+        """By the newest roster, or by that of a run in progress in which this site has taken part."""
+        try:
+            return self._line.join(self._identity.roster.hash)
+        except IdentityError as refusal:
+            if refusal.code != "FS-1452":
+                raise
+            for run, roster in rosters.kept(self.config.state / "runs", self._identity):
+                try:
+                    reply = self._line.join(roster.hash)
+                except IdentityError:
+                    continue
+                if bytes(reply.run) != run:
+                    break
+                log.info("goes on with run %s by its own roster, version %d", run.hex()[:8], roster.version)
+                self._identity = replace(self._identity, roster=roster)
+                return reply
+            raise
 
     # --- questions and answers --------------------------------------------------------------------------------------
 

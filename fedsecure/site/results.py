@@ -2,6 +2,7 @@
 
 <state>/runs/<run>/<method>.safetensors   what a method keeps between rounds
 <state>/runs/<run>/draw                   the record of the run's draw, where it draws its cohorts
+<state>/runs/<run>/roster.json            the signed roster that the run began with
 <state>/runs/<run>/privacy-report.json, adapter.safetensors, usage.json
 """
 
