@@ -199,8 +199,9 @@ def test_each_service_is_hardened(name: str) -> None:
     assert service["mem_limit"]
     assert service["pids_limit"]
     assert not {"privileged", "network_mode", "pid", "devices"} & set(service)
-    # The aggregator's own is in its image.
-    assert "healthcheck" in service or name == "aggregator"
+    # The aggregator's own is in its image; a backup ends by itself.
+    assert "healthcheck" in service or name in ("aggregator", "backup")
+    assert (service["restart"] == "no") == (name == "backup")
 
 
 def test_only_the_sites_door_is_open_and_the_database_is_inside() -> None:
@@ -210,7 +211,20 @@ def test_only_the_sites_door_is_open_and_the_database_is_inside() -> None:
     assert all(port.startswith("127.0.0.1:") for port in ports["grafana"])
     assert STACK["networks"]["back"]["internal"] is True
     assert STACK["services"]["database"]["networks"] == ["back"]
-    assert {name for name, service in STACK["services"].items() if service.get("profiles")} == {"prometheus", "grafana"}
+    profiles = {name: service["profiles"] for name, service in STACK["services"].items() if "profiles" in service}
+    assert profiles == {"prometheus": ["watch"], "grafana": ["watch"], "backup": ["tools"]}
+
+
+def test_a_backup_reaches_what_it_copies_and_nothing_else() -> None:
+    backup, aggregator = STACK["services"]["backup"], STACK["services"]["aggregator"]
+    assert backup["networks"] == STACK["services"]["database"]["networks"]
+    assert set(aggregator["volumes"]) < set(backup["volumes"])
+    assert backup["env_file"] == aggregator["env_file"]
+    assert backup["build"]["target"] == "tools"
+    server = re.match(r"postgres:(\d+)\.", STACK["services"]["database"]["image"])
+    recipe = (COMPOSE.parents[1] / "docker" / "Dockerfile").read_text()
+    assert server
+    assert f"postgresql-client={server[1]}+" in recipe, "pg_dump refuses a server that is newer than itself"
 
 
 def test_no_secret_stands_in_the_files() -> None:
@@ -218,7 +232,7 @@ def test_no_secret_stands_in_the_files() -> None:
         for key, value in (service.get("environment") or {}).items():
             assert "PASSWORD" not in key or str(value).startswith("/run/secrets/"), key
     assert all(set(secret) == {"file"} for secret in STACK["secrets"].values())
-    assert {"database.env", "secrets/"} <= set((COMPOSE.parent / ".gitignore").read_text().split())
+    assert {"database.env", "secrets/", "backups/"} <= set((COMPOSE.parent / ".gitignore").read_text().split())
 
 
 def test_what_is_named_is_declared() -> None:
