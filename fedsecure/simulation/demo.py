@@ -117,7 +117,14 @@ def run_demo(options: DemoOptions, *, watch: Watch) -> DemoResult:
         watch({"stage": "preparing", "waiting": "writing data, keys and certificates"})
         material.generate()
         hosts = ("127.0.0.1", "localhost")
-        layout = lay_out(options.out / "federation", settings, sites=plans, listen="127.0.0.1:0", hosts=hosts)
+        layout = lay_out(
+            options.out / "federation",
+            settings,
+            sites=plans,
+            listen="127.0.0.1:0",
+            hosts=hosts,
+            encoder_file=material.encoder_file,
+        )
         watch({"stage": "preparing", "waiting": f"starting {1 + len(plans)} processes"})
         processes = Processes(layout)
         try:

@@ -127,8 +127,9 @@ def features(tmp_path: Path) -> Path:
         (("--adapter", "facmic", "--noise", "local", "--local-steps", "3", "--rounds", "2"), 3, 2, "facmic"),
         (("--sites", "5", "--sampling-rate", "0.5", "--rounds", "4", "--engine", "opacus"), 5, 4, "linear"),
         (("--private-eval", "--rounds", "3", "--sites", "4"), 4, 3, "linear"),
+        (("--adapter", "clip2fl", "--rounds", "3"), 3, 3, "linear"),
     ],
-    ids=["facmic-local", "five-poisson-opacus", "private-evaluation"],
+    ids=["facmic-local", "five-poisson-opacus", "private-evaluation", "clip2fl"],
 )
 def test_demo_on_features(
     tmp_path: Path, features: Path, options: tuple[str, ...], sites: int, rounds: int, adapter: str
