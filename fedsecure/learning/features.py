@@ -226,6 +226,8 @@ def load_units(
         from fedsecure.learning.views import Viewed
         from fedsecure.vision.cache import FeatureCache
 
+        # A wrong label is refused before the encoder's long work.
+        _ = dataset.labels
         eye = features.rows or features.encoder
         kept = FeatureCache(cache) if cache is not None and (features.rows is None or features.rows.cached) else None
         seen = [encode_dataset(Viewed(dataset, number), eye, kept, progress=progress) for number in range(1, views)]
