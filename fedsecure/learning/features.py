@@ -114,7 +114,7 @@ def load_site_features(
             centre=np.zeros(encoder.dimension, np.float32) if mean is None else mean,
             dimension=encoder.dimension,
             fingerprint=encoder.fingerprint,
-            preprocessing={"by": "open_clip", "for": config.model, "hashed_into": "fingerprint"},
+            preprocessing={"by": "open_clip", "for": config.model, **encoder.preprocessing},
             encoder=encoder,
         )
     if found.fingerprint != config.fingerprint:
