@@ -242,9 +242,9 @@ def test_demo_on_real_scans(tmp_path: Path, shared_data: Path) -> None:
     assert set(result["epsilon"]) == {"client_0", "client_1", "client_2"}
     assert result["evaluation_public"]
     assert not result["synthetic"]
-    chance = 1 / len(package.load_adapter(out / "adapter.safetensors").metadata.classes)
-    assert result["accuracy"]["before"] > chance
-    assert result["accuracy"]["after"] > chance / 2
+    # What the README publishes, which says why it falls.
+    assert result["accuracy"]["before"] == pytest.approx(0.363, abs=0.005)
+    assert result["accuracy"]["after"] == pytest.approx(0.297, abs=0.04)
 
 
 @pytest.mark.slow
