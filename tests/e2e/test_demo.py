@@ -207,6 +207,7 @@ def test_demo_on_own_images_with_a_site_that_only_evaluates(tmp_path: Path) -> N
     assert "record" in done.stdout
     assert "names no patients" in done.stdout
     assert "only evaluates" in done.stdout
+    assert done.stderr.index("Privacy plan of this run") < done.stderr.index("training: round")
     assert str(out / "report.html") in done.stdout
     report = json.loads((out / "report.json").read_text())
     assert [site["site"] for site in report["sites"] if site["role"] == "train"] == ["site-a", "site-b", "site-c"]
