@@ -24,6 +24,7 @@ from fedsecure.aggregator.house import House
 from fedsecure.aggregator.listening import listening
 from fedsecure.aggregator.metrics import Metrics
 from fedsecure.aggregator.service import Service, start
+from fedsecure.aggregator.step_worker import check_encoder_file
 from fedsecure.aggregator.store import begin, unfinished
 from fedsecure.config import FederationConfig
 from fedsecure.errors import ConfigError, FedsecureError, RunError
@@ -56,11 +57,14 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
         ConfigError: FS-1022 two files name the same federation, or another address or identity.
         RunError: FS-1701 not enough sites came, FS-1702 a round failed too often, FS-1712 stopped by a signal, FS-1731
             to FS-1735 the run that is not over cannot be taken up.
+        ModelError: FS-1640 a method will compute at the aggregator, from a file that is not named.
         EnvironmentProblem: FS-1801 the address cannot be listened on, FS-1802 the state folder cannot be written,
             FS-1830 to FS-1832 the database cannot be used.
         IdentityError: the aggregator's identity folder is not in order.
     """
     _check_together(configs)
+    for config in configs:
+        check_encoder_file(config)
     return asyncio.run(_serve(configs, announce, watch))
 
 

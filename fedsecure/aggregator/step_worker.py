@@ -29,8 +29,8 @@ from safetensors import SafetensorError
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
-from fedsecure.config import RunSettings
-from fedsecure.errors import FedsecureError, RunError
+from fedsecure.config import FederationConfig, RunSettings
+from fedsecure.errors import FedsecureError, ModelError, RunError
 from fedsecure.methods.base import ComputingMethod, ServerState
 from fedsecure.methods.registry import load_method
 
@@ -40,6 +40,28 @@ _KEY = "fedsecure-step/1"
 # Their threads wait for each other by spinning, which costs more than it saves in small products on a busy machine.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 log = logging.getLogger("fedsecure.aggregator")
+
+
+def check_encoder_file(config: FederationConfig) -> None:
+    """Refuse, before any site joins, a run whose computation will lack what it starts from.
+
+    Raises:
+        ModelError: FS-1640 the run leaves the encoder's file to each party, and the aggregator names none.
+        ConfigError: FS-1004 no such method.
+    """
+    settings = config.settings()
+    method = load_method(settings.method.name)
+    encoder = settings.encoder
+    left_to_parties = encoder.model == "features" or encoder.pretrained == "file"
+    if config.encoder_file is not None or not left_to_parties or not hasattr(method, "computes"):
+        return
+    if cast(ComputingMethod, method).computes(settings):
+        raise ModelError(
+            "FS-1640",
+            f"method {settings.method.name!r} computes with the class texts at the aggregator, whose file names none",
+            expected="encoder_file in federation.toml, as the sites name theirs",
+            cure="set encoder_file to the aggregator's copy of the weights or feature file",
+        )
 
 
 class StepWorker:

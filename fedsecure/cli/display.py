@@ -182,6 +182,12 @@ def show_demo(result: DemoResult) -> None:
     _say(f"privacy report  {summary['page']}")
     _say(f"                {summary['report']}")
     _say(f"adapter         {summary['adapter_file']}")
+    if summary["source"] != "phantoms":
+        _say("")
+        _say(
+            "The demo's ledgers end with its folder, which the next demo replaces: each demo begins with an unspent "
+            "budget. A site's real ledger (`fedsecure join`) is kept."
+        )
 
 
 def show_outcome(outcome: Mapping[str, Any]) -> None:

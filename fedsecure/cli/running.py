@@ -55,7 +55,7 @@ def demo(
     as_json: Json = False,
 ) -> None:
     """Run a whole federation on this machine. The aggregator and every site are processes of their own."""
-    from fedsecure.cli.display import print_json, show_demo
+    from fedsecure.cli.display import print_json, show_demo, show_plan
     from fedsecure.cli.progress import demo_progress
     from fedsecure.simulation.demo import DemoOptions, run_demo
 
@@ -84,7 +84,7 @@ def demo(
     # Told to stop, it must end its processes first; the default handler would leave them to themselves.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with demo_progress(live=not as_json) as watch:
-        result = run_demo(options, watch=watch)
+        result = run_demo(options, watch=watch) if as_json else run_demo(options, watch=watch, planned=show_plan)
     if as_json:
         print_json(result.summary)
     else:

@@ -191,7 +191,7 @@ class TorchRecords:
         if count == 0:
             raise no_records(name)
         self._dataset = dataset
-        self._given = labels if labels is not None else getattr(dataset, "targets", None)
+        self._given = labels
         self._count = count
         self.name = name
         self.classes = classes
@@ -213,15 +213,16 @@ class TorchRecords:
 
     @cached_property
     def labels(self) -> Labels:
-        found = self._given if self._given is not None else [self._item(i)[1] for i in range(self._count)]
+        found = self._given if self._given is not None else getattr(self._dataset, "targets", None)
+        if found is None:
+            found = [self._item(i)[1] for i in range(self._count)]
         return check_labels(_numpy(found), records=self._count, classes=len(self.classes), where=self.name)
 
     def __len__(self) -> int:
         return self._count
 
     def index(self) -> None:
-        """Read the labels. Without ``labels`` or ``dataset.targets`` this has to fetch every item."""
-        _ = self.labels
+        """Nothing to read: without ``labels`` or ``dataset.targets``, labels are in the items."""
 
     def image(self, i: int) -> Image:
         from PIL import Image as pillow

@@ -1,9 +1,9 @@
 """What a data set is: one protocol for every source of records a site may hold, and the checks all of them share.
 
 A data set is *listed* when it is opened and *read* only later: no pixel and no feature may be touched before the
-site's door has reserved the budget (the rule of the privacy door). Identifiers (paths, rows, labels, patient ids) are
-the listing. Where identifiers stand inside the files, as in DICOM headers, :meth:`Dataset.index` reads them and
-nothing else.
+site's door has reserved the budget (the rule of the privacy door). Identifiers (paths, rows, patient ids) are the
+listing. Where they stand inside the files, as in DICOM headers, :meth:`Dataset.index` reads them and nothing else.
+Labels that stand inside the files are read with the records.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Dataset(Protocol):
         name: the ledger charges under this name.
         kind: ``"image"``: :meth:`image` works; ``"features"``: :meth:`features` works.
         classes: class names in the federation's order.
-        labels: int64 (n,), indices into ``classes``.
+        labels: int64 (n,), indices into ``classes``; asked for after the charge only, so they may be read here.
         record_ids: n distinct ids, stable over runs, made of paths or rows without reading content.
         patient_ids: n patient ids, or ``None`` where patients are unknown.
         public: declared public, so exact counts may leave the site.
@@ -59,7 +59,7 @@ class Dataset(Protocol):
         """Number of records n."""
 
     def index(self) -> None:
-        """Read the identifiers that stand inside the files (labels, patient ids), never pixels or features."""
+        """Read what :attr:`record_ids` and :attr:`patient_ids` need of the files, never labels, pixels or features."""
 
     def image(self, i: int) -> Image:
         """Record ``i`` as an RGB image; the file is read here. Raises DataError FS-1106, FS-1107, FS-1123."""

@@ -184,8 +184,8 @@ class FeatureFile:
         return tuple(str(p) for p in _read(self._file, key).astype(np.str_))
 
     def index(self) -> None:
-        """Read labels and patient ids."""
-        _ = self.labels, self.patient_ids
+        """Read patient ids."""
+        _ = self.patient_ids
 
     def image(self, i: int) -> Image:
         raise wrong_kind(self.name, self.kind)

@@ -114,7 +114,7 @@ def load_site_features(
             centre=np.zeros(encoder.dimension, np.float32) if mean is None else mean,
             dimension=encoder.dimension,
             fingerprint=encoder.fingerprint,
-            preprocessing={"by": "open_clip", "for": config.model, "hashed_into": "fingerprint"},
+            preprocessing={"by": "open_clip", "for": config.model, **encoder.preprocessing},
             encoder=encoder,
         )
     if found.fingerprint != config.fingerprint:
@@ -226,6 +226,8 @@ def load_units(
         from fedsecure.learning.views import Viewed
         from fedsecure.vision.cache import FeatureCache
 
+        # A wrong label is refused before the encoder's long work.
+        _ = dataset.labels
         eye = features.rows or features.encoder
         kept = FeatureCache(cache) if cache is not None and (features.rows is None or features.rows.cached) else None
         seen = [encode_dataset(Viewed(dataset, number), eye, kept, progress=progress) for number in range(1, views)]

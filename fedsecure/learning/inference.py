@@ -80,7 +80,9 @@ def evaluate_dataset(
     """
     loaded = load_adapter(adapter)
     classes = loaded.metadata.classes
-    records = open_dataset(DatasetConfig(name=data.stem, path=data, split=split), classes=classes)
+    # "." and "/" have no stem, and a folder may be called what no data set is.
+    name = "".join(filter(str.isprintable, data.resolve().stem))[:200] or "data"
+    records = open_dataset(DatasetConfig(name=name, path=data, split=split), classes=classes)
     records.index()
     if records.kind == "features":
         loaded.check_encoder(read_feature_header(data).fingerprint)

@@ -147,6 +147,9 @@ class ComputingMethod(TrainingMethod, Protocol):
     follows runs in a process of its own (:mod:`fedsecure.aggregator.step_worker`), where torch may be imported, while
     the aggregator answers its sites."""
 
+    def computes(self, settings: RunSettings) -> bool:
+        """Whether ``compute`` will have to run at all in a run with these settings."""
+
     def due(self, settings: RunSettings, state: ServerState) -> bool:
         """Whether ``compute`` has to run before the next question."""
 

@@ -76,6 +76,9 @@ class FederatedFeatureDescent(AdapterDescent):
             kept[_SUM] = aggregate.values[_SUM] * self._scale(settings)
         return replace(following, tensors={**following.tensors, **kept})
 
+    def computes(self, settings: RunSettings) -> bool:
+        return True
+
     def due(self, settings: RunSettings, state: ServerState) -> bool:
         return _SUM in state.tensors
 

@@ -89,7 +89,7 @@ class Evaluation:
             check_apart(release.features.target, units)
         trained = load_training_method(settings.method.name)
         task = trained.task(settings, release.features)
-        hits, totals = counts(task, inputs, units)
+        hits, totals = counts(task, inputs, units, device=release.device)
         return Answer(values={"counts": np.concatenate([hits, totals])}, units={"counts": len(units)}), state
 
 

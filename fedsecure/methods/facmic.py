@@ -78,10 +78,13 @@ class Facmic(AdapterDescent):
         over = following.step == settings.method.rounds and settings.method.alignment.at == "sites"
         return following if over else replace(following, tensors={**following.tensors, SOURCE: state.tensors[SOURCE]})
 
+    def computes(self, settings: RunSettings) -> bool:
+        return settings.method.alignment.at == "aggregator"
+
     def due(self, settings: RunSettings, state: ServerState) -> bool:
         """After the last sum, where the aggregator aligns."""
         last = state.step == settings.method.rounds
-        return settings.method.alignment.at == "aggregator" and last and _ALIGNED not in state.facts
+        return self.computes(settings) and last and _ALIGNED not in state.facts
 
     def compute(self, settings: RunSettings, state: ServerState, features: SiteFeatures) -> ServerState:
         """As many alignment steps as the sites took, each no longer than a step on which all units agree."""

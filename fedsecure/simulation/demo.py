@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ValidationError
 
@@ -33,6 +33,9 @@ from fedsecure.files import make_folder, write_whole
 from fedsecure.simulation.material import Material, find_material
 from fedsecure.simulation.processes import Processes, Watch
 from fedsecure.simulation.scaffold import Layout, SitePlan, lay_out
+
+if TYPE_CHECKING:
+    from fedsecure.privacy.plan import PrivacyPlan
 
 MARKER = ".fedsecure-demo"
 _UNEXPLAINED = ("FS-1713", "FS-1714", "FS-1715")
@@ -96,7 +99,9 @@ class DemoResult:
     adapter: Path
 
 
-def run_demo(options: DemoOptions, *, watch: Watch) -> DemoResult:
+def run_demo(
+    options: DemoOptions, *, watch: Watch, planned: Callable[[PrivacyPlan], None] = lambda plan: None
+) -> DemoResult:
     """Prepare, start the processes, watch them to the end, gather the results.
 
     Options, data and privacy plan are checked before anything is written. After a failure the folder is as it was.
@@ -104,6 +109,7 @@ def run_demo(options: DemoOptions, *, watch: Watch) -> DemoResult:
     Args:
         options: see :class:`DemoOptions`.
         watch: called a few times a second with the aggregator's status, or ``{"stage": "preparing", …}`` before.
+        planned: called with the run's privacy plan, before any process starts.
 
     Raises:
         FedsecureError: any failure of preparation, or of a process, as that process reported it.
@@ -112,12 +118,20 @@ def run_demo(options: DemoOptions, *, watch: Watch) -> DemoResult:
     begun = time.monotonic()
     _check_out(options.out)
     watch({"stage": "preparing", "waiting": "reading options, data and encoder"})
-    settings, plans, material = prepare(options)
+    settings, plans, material, plan = prepare(options)
+    planned(plan)
     with _replacing(options.out):
         watch({"stage": "preparing", "waiting": "writing data, keys and certificates"})
         material.generate()
         hosts = ("127.0.0.1", "localhost")
-        layout = lay_out(options.out / "federation", settings, sites=plans, listen="127.0.0.1:0", hosts=hosts)
+        layout = lay_out(
+            options.out / "federation",
+            settings,
+            sites=plans,
+            listen="127.0.0.1:0",
+            hosts=hosts,
+            encoder_file=material.encoder_file,
+        )
         watch({"stage": "preparing", "waiting": f"starting {1 + len(plans)} processes"})
         processes = Processes(layout)
         try:
@@ -132,8 +146,8 @@ def run_demo(options: DemoOptions, *, watch: Watch) -> DemoResult:
 # --- preparation ----------------------------------------------------------------------------------------------------
 
 
-def prepare(options: DemoOptions) -> tuple[RunSettings, dict[str, SitePlan], Material]:
-    """The run's settings and each site's side of it, with the privacy plan found feasible; writes nothing.
+def prepare(options: DemoOptions) -> tuple[RunSettings, dict[str, SitePlan], Material, PrivacyPlan]:
+    """The run's settings, each site's side of it, the data, and the privacy plan; writes nothing.
 
     Raises:
         ConfigError: FS-1003 an option is out of range, FS-1004 no such adapter, FS-1010 options that do not fit.
@@ -161,8 +175,7 @@ def prepare(options: DemoOptions) -> tuple[RunSettings, dict[str, SitePlan], Mat
     except ValidationError as error:
         raise _refused(error) from error
     _, cohort = cohort_of(settings, trainers_only=True)
-    method.plan(settings, cohort)
-    return settings, plans, material
+    return settings, plans, material, method.plan(settings, cohort)
 
 
 def _try_numbers(options: DemoOptions) -> None:

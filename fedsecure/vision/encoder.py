@@ -69,6 +69,13 @@ class Encoder:
         """open_clip's model, frozen; to change anything in it, copy it first."""
         return self._model
 
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """open_clip's facts of ``preprocess``, as JSON has them: size, mode, mean, std, interpolation, resize_mode and
+        fill_color."""
+        facts = dict(self._model.visual.preprocess_cfg)
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in facts.items()}
+
     def encode_images(
         self,
         images: Sequence[Image],

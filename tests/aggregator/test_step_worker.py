@@ -14,9 +14,10 @@ from typing import IO
 import numpy as np
 import pytest
 
-from fedsecure.aggregator.step_worker import StepWorker, compute, pack, unpack
-from fedsecure.config import RunSettings
-from fedsecure.errors import RunError
+from fedsecure.aggregator.program import serve
+from fedsecure.aggregator.step_worker import StepWorker, check_encoder_file, compute, pack, unpack
+from fedsecure.config import FederationConfig, RunSettings
+from fedsecure.errors import ModelError, RunError
 from fedsecure.methods.base import ServerState
 from tests.federation_world import write_features
 
@@ -30,17 +31,22 @@ def features(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def settings_of(features: Path, *, method: str = "linear") -> RunSettings:
+def settings_of(features: Path, *, method: str = "linear", alignment: dict[str, object] | None = None) -> RunSettings:
     from fedsecure.data.loading import read_feature_header
 
     header = read_feature_header(features)
     encoder = {"model": "features", "pretrained": "file", "dimension": 16, "fingerprint": header.fingerprint}
-    raw = {"classes": header.classes, "encoder": encoder, "method": {"name": method}}
+    raw = {"classes": header.classes, "encoder": encoder, "method": {"name": method, "alignment": alignment or {}}}
     return RunSettings.model_validate({**raw, "sites": {f"s{i}": {"max_units": 30} for i in range(3)}})
 
 
 def start(settings: RunSettings, file: Path | None, *, seconds: float = 100.0) -> StepWorker:
     return StepWorker(settings, STATE, encoder_file=file, deadline=time.monotonic() + seconds)
+
+
+def config_of(settings: RunSettings, folder: Path, **own: object) -> FederationConfig:
+    raw = {**settings.model_dump(), "state": folder / "state", "identity": folder / "identity", **own}
+    return FederationConfig.model_validate(raw)
 
 
 def outcome(worker: StepWorker) -> ServerState:
@@ -130,3 +136,34 @@ def test_the_child_computes_without_any_process_too(features: Path):
         answer.write(compute(question))
         answer.flush()
         assert "FS-1640" in unpack(answer)[1]["error"]
+
+
+AT_AGGREGATOR = {"weight": 1.0, "target": "ab" * 32, "prototypes": True, "at": "aggregator"}
+AT_SITES = {**AT_AGGREGATOR, "at": "sites"}
+
+
+@pytest.mark.parametrize(("method", "alignment"), [("clip2fl", {}), ("facmic", AT_AGGREGATOR)])
+def test_an_aggregator_that_will_lack_the_class_texts_does_not_start(
+    tmp_path: Path, features: Path, method: str, alignment: dict[str, object]
+):
+    settings = settings_of(features, method=method, alignment=alignment)
+    with pytest.raises(ModelError, match=r"FS-1640.*federation\.toml"):
+        serve([config_of(settings, tmp_path)], announce=lambda *_: None, watch=lambda _: None)
+    assert not (tmp_path / "state").exists()
+    check_encoder_file(config_of(settings, tmp_path, encoder_file=features))
+
+
+@pytest.mark.parametrize(("method", "alignment"), [("linear", {}), ("facmic", {}), ("facmic", AT_SITES)])
+def test_an_aggregator_that_computes_nothing_needs_no_file(
+    tmp_path: Path, features: Path, method: str, alignment: dict[str, object]
+):
+    check_encoder_file(config_of(settings_of(features, method=method, alignment=alignment), tmp_path))
+
+
+def test_an_encoder_that_is_installed_everywhere_needs_no_file(tmp_path: Path, features: Path):
+    settings = settings_of(features, method="clip2fl")
+    encoder = settings.encoder.model_copy(update={"model": "fedsecure-tiny", "pretrained": "bundled"})
+    check_encoder_file(config_of(settings.model_copy(update={"encoder": encoder}), tmp_path))
+    named = encoder.model_copy(update={"pretrained": "file"})
+    with pytest.raises(ModelError, match="FS-1640"):
+        check_encoder_file(config_of(settings.model_copy(update={"encoder": named}), tmp_path))

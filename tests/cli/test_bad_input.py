@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,10 @@ from cli.conftest import Command
 from federation_world import write_features
 from safetensors.numpy import save_file
 
+from fedsecure.config import DatasetConfig
+from fedsecure.data.dataset import Dataset, no_records
 from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError, RunError
+from fedsecure.learning import inference
 from fedsecure.simulation.processes import read_error
 
 
@@ -366,6 +369,34 @@ def test_an_adapter_of_features_refuses_images_and_other_features(
 def test_evaluate_refuses_folders_of_other_classes(command: Command, image_adapter: Path, hospitals: Path) -> None:
     (hospitals / "site_a" / "ring_lesion").rename(hospitals / "site_a" / "other")
     assert command("evaluate", "--adapter", image_adapter, "--data", hospitals / "site_a").error() == "FS-1102"
+
+
+def test_evaluate_takes_the_folder_it_stands_in(
+    command: Command, image_adapter: Path, hospitals: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(hospitals / "site_a")
+    ended = command("evaluate", "--adapter", image_adapter, "--data", ".", "--json")
+    assert (ended.status, json.loads(ended.out)["records"]) == (0, 24)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a" * 240])
+def test_evaluate_takes_a_folder_of_any_name(command: Command, image_adapter: Path, hospitals: Path, name: str) -> None:
+    data = (hospitals / "site_a").rename(hospitals / name)
+    assert command("evaluate", "--adapter", image_adapter, "--data", data, "--json").status == 0
+
+
+def test_evaluate_takes_a_folder_without_a_name(
+    command: Command, image_adapter: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+
+    def opened(config: DatasetConfig, *, classes: Sequence[str]) -> Dataset:
+        names.append(config.name)
+        raise no_records(config.name)
+
+    monkeypatch.setattr(inference, "open_dataset", opened)
+    assert command("evaluate", "--adapter", image_adapter, "--data", "/").error() == "FS-1104"
+    assert names == ["data"]
 
 
 @pytest.mark.parametrize("what", ["show", "history"])

@@ -127,8 +127,9 @@ def features(tmp_path: Path) -> Path:
         (("--adapter", "facmic", "--noise", "local", "--local-steps", "3", "--rounds", "2"), 3, 2, "facmic"),
         (("--sites", "5", "--sampling-rate", "0.5", "--rounds", "4", "--engine", "opacus"), 5, 4, "linear"),
         (("--private-eval", "--rounds", "3", "--sites", "4"), 4, 3, "linear"),
+        (("--adapter", "clip2fl", "--rounds", "3"), 3, 3, "linear"),
     ],
-    ids=["facmic-local", "five-poisson-opacus", "private-evaluation"],
+    ids=["facmic-local", "five-poisson-opacus", "private-evaluation", "clip2fl"],
 )
 def test_demo_on_features(
     tmp_path: Path, features: Path, options: tuple[str, ...], sites: int, rounds: int, adapter: str
@@ -206,6 +207,7 @@ def test_demo_on_own_images_with_a_site_that_only_evaluates(tmp_path: Path) -> N
     assert "record" in done.stdout
     assert "names no patients" in done.stdout
     assert "only evaluates" in done.stdout
+    assert done.stderr.index("Privacy plan of this run") < done.stderr.index("training: round")
     assert str(out / "report.html") in done.stdout
     report = json.loads((out / "report.json").read_text())
     assert [site["site"] for site in report["sites"] if site["role"] == "train"] == ["site-a", "site-b", "site-c"]
@@ -241,9 +243,9 @@ def test_demo_on_real_scans(tmp_path: Path, shared_data: Path) -> None:
     assert set(result["epsilon"]) == {"client_0", "client_1", "client_2"}
     assert result["evaluation_public"]
     assert not result["synthetic"]
-    chance = 1 / len(package.load_adapter(out / "adapter.safetensors").metadata.classes)
-    assert result["accuracy"]["before"] > chance
-    assert result["accuracy"]["after"] > chance / 2
+    # What the README publishes, which says why it falls.
+    assert result["accuracy"]["before"] == pytest.approx(0.363, abs=0.005)
+    assert result["accuracy"]["after"] == pytest.approx(0.297, abs=0.04)
 
 
 @pytest.mark.slow

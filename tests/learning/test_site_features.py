@@ -13,6 +13,7 @@ from fedsecure.config import DatasetConfig, EncoderConfig
 from fedsecure.data.loading import open_dataset, read_feature_header
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.features import SiteFeatures, load_site_features, load_units
+from fedsecure.vision.encoder import load_encoder
 
 CLASSES = ("a", "b", "c")
 
@@ -53,6 +54,14 @@ def test_constants_come_in_the_federations_order(tmp_path: Path, mean: bool) -> 
     assert found.dimension == 6
     assert found.encoder is None
     assert found.fingerprint == header.fingerprint
+
+
+def test_an_encoders_preprocessing_is_among_the_constants() -> None:
+    encoder = load_encoder("fedsecure-tiny", "bundled", device="cpu")
+    pinned = EncoderConfig(dimension=encoder.dimension, fingerprint=encoder.fingerprint)
+    found = load_site_features(pinned, CLASSES, device="cpu").preprocessing
+    assert found == {"by": "open_clip", "for": "fedsecure-tiny", **encoder.preprocessing}
+    assert found["size"] == [64, 64]
 
 
 def test_constants_that_are_not_the_runs_are_refused(tmp_path: Path) -> None:

@@ -115,6 +115,14 @@ class TestTinyClip:
     def test_no_images(self, tiny: Encoder) -> None:
         assert tiny.encode_images([]).shape == (0, 64)
 
+    def test_preprocessing_is_told_as_it_is_done(self, tiny: Encoder) -> None:
+        facts = tiny.preprocessing
+        assert set(facts) == {"size", "mode", "mean", "std", "interpolation", "resize_mode", "fill_color"}
+        assert json.loads(json.dumps(facts)) == facts
+        grey = np.asarray(tiny.preprocess(Image.new("L", (100, 80), 51)))
+        assert list(grey.shape[1:]) == facts["size"]
+        np.testing.assert_allclose(grey[:, 0, 0] * facts["std"] + facts["mean"], 51 / 255, atol=1e-6)
+
 
 class TestFingerprint:
     def test_covers_weights_and_ignores_the_container(self, tiny: Encoder, tmp_path: Path) -> None:
