@@ -1,6 +1,6 @@
 """``fedsecure serve`` as a program: one run or several, from listening to the last goodbye. Never imports torch.
 
-Killed at any point and started again, it takes up what is not over; one that is over for good is followed by a new run.
+Killed at any point and started again, it takes up what is not over. New runs begin once all of the command are over.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
         Each run's summary: rounds, attempts with survivors and reasons, evaluations.
 
     Raises:
-        ConfigError: FS-1022 two files name the same federation, or another address or identity.
+        ConfigError: FS-1022 two files name the same federation or place for metrics, or another address or identity.
         RunError: FS-1701 not enough sites came, FS-1702 a round failed too often, FS-1712 stopped by a signal, FS-1731
             to FS-1735 the run that is not over cannot be taken up.
         EnvironmentProblem: FS-1801 the address cannot be listened on, FS-1802 the state folder cannot be written,
@@ -120,11 +120,18 @@ async def _serve_runs(
                 one.readiness.not_ready("the aggregator ends")
         look()
         await server.stop(grace=0.5)
-    for core in runs:
-        core.close()
-    for core in runs:
-        if core.outcome is None or not core.outcome["complete"]:
-            raise core.failure or AssertionError(core.outcome)
+    return _ended(runs)
+
+
+def _ended(runs: Sequence[Coordinator]) -> list[dict[str, Any]]:
+    """The summaries; raises the failure of a run that did not complete, first of one that can go on."""
+    if all(core.over for core in runs):
+        # A run closed before the others would be begun anew by the command that goes on with them.
+        for core in runs:
+            core.close()
+    failures = [core.failure for core in runs if core.failure is not None]
+    if failures:
+        raise min(failures, key=lambda failure: failure.final)
     return [core.outcome for core in runs if core.outcome is not None]
 
 
@@ -224,13 +231,17 @@ def _check_together(configs: Sequence[FederationConfig]) -> None:
             raise _apart(f"{len(values)} different values of {what}")
     if len(set(names)) != len(names):
         raise _apart(f"the names {names}")
+    # Port 0 is a free one for each.
+    ports = [config.metrics for config in configs if config.metrics and not config.metrics.endswith(":0")]
+    if len(set(ports)) != len(ports):
+        raise _apart(f"the metrics addresses {ports}")
 
 
 def _apart(found: str) -> ConfigError:
     return ConfigError(
         "FS-1022",
         f"runs served together with {found}",
-        expected="one `listen` and one `identity` for all of them, and a `name` for each",
+        expected="one `listen` and one `identity` for all of them, and a `name` and `metrics` of its own for each",
         cure="correct the files, or start an aggregator for each",
     )
 
