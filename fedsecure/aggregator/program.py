@@ -38,6 +38,8 @@ Watch = Callable[[dict[str, Any]], None]
 # How often it looks whether the operator wants something else.
 _OBEY_SECONDS = 1.0
 _LOOK_SECONDS = 0.25
+# How often it looks whether a day has gone by since it looked at its certificates.
+_WARN_SECONDS = 60.0
 log = logging.getLogger("fedsecure.aggregator")
 
 
@@ -66,16 +68,27 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
 
 async def _serve(configs: Sequence[FederationConfig], announce: Announce, watch: Watch) -> list[dict[str, Any]]:
     identity = load_identity(configs[0].identity)
-    for sentence in certificates.ending(identity.certificate, identity.ca):
-        log.warning("%s", sentence)
-    with ExitStack() as held:
-        for folder in sorted({config.state for config in configs}):
-            held.enter_context(only_one(make_folder(folder)))
-        newcomers = {site for config in configs if not _goes_on(config) for site in config.sites}
-        async with members(configs[0], identity, newcomers) as standing:
-            return await _serve_runs(
-                held, configs, replace(identity, roster=standing.roster), standing, announce, watch
-            )
+    warning = asyncio.create_task(_warn(identity))
+    try:
+        with ExitStack() as held:
+            for folder in sorted({config.state for config in configs}):
+                held.enter_context(only_one(make_folder(folder)))
+            newcomers = {site for config in configs if not _goes_on(config) for site in config.sites}
+            async with members(configs[0], identity, newcomers) as standing:
+                return await _serve_runs(
+                    held, configs, replace(identity, roster=standing.roster), standing, announce, watch
+                )
+    finally:
+        warning.cancel()
+
+
+async def _warn(identity: Identity) -> None:
+    """Say, now and once a day, that the aggregator's certificate or the federation's ends soon."""
+    notices = certificates.Notices(identity.certificate, identity.ca)
+    while True:
+        for sentence in notices.due():
+            log.warning("%s", sentence)
+        await asyncio.sleep(_WARN_SECONDS)
 
 
 async def _serve_runs(
