@@ -103,8 +103,8 @@ class Client:
         self.config = config
         self._identity = identity or load_identity(config.identity)
         check_identity(self._identity, config)
-        for sentence in certificates.ending(self._identity.certificate, self._identity.ca):
-            log.warning("%s", sentence)
+        self._notices = certificates.Notices(self._identity.certificate, self._identity.ca)
+        self._warn()
         make_folder(config.state)
         self._transport = transport
         self._progress = progress or (lambda moment: None)
@@ -250,6 +250,7 @@ class Client:
         """
         give_up = self._line.deadline()
         while self.outcome is None:
+            self._warn()
             directive = self._line.next(give_up)
             kind = directive.WhichOneof("kind")
             if kind == "ask":
@@ -334,6 +335,11 @@ class Client:
         return signed_report(self._member, self.ledger, outcome=self.outcome, seeded=self._rng.seeded)
 
     # --- inside -----------------------------------------------------------------------------------------------------
+
+    def _warn(self) -> None:
+        """Say, once a day, that the site's certificate or the federation's ends soon."""
+        for sentence in self._notices.due():
+            log.warning("%s", sentence)
 
     def _prepare(self, asked: pb.Prepare) -> None:
         """What comes ahead of rounds: keys for them, the toss for the run's draw, or its record."""

@@ -118,3 +118,8 @@ class EnvironmentProblem(FedsecureError):
     """Something about this machine: a port, a permission, a missing package."""
 
     families = ("FS-18",)
+
+
+def exit_status(error: FedsecureError) -> int:
+    """The exit status of a command that ends with this error: 3 where a run is over for good, or else 1."""
+    return RUN_OVER if isinstance(error, RunError) and error.final else 1

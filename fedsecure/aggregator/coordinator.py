@@ -93,6 +93,11 @@ class Coordinator:
         return self.engine.failure
 
     @property
+    def over(self) -> bool:
+        """The run is over for good, and the database has it so: no process goes on with it."""
+        return self.engine.account.state is RunState.OVER
+
+    @property
     def attempts(self) -> list[dict[str, Any]]:
         """All attempts that are over, as the summary has them."""
         return self.engine.account.attempts
@@ -246,7 +251,7 @@ class Coordinator:
 
     def close(self) -> None:
         """The process ends here: a run that is over for good has been told to its sites."""
-        if self.engine.account.state is RunState.OVER:
+        if self.over:
             self._store.close()
 
     # --- the operator -----------------------------------------------------------------------------------------------

@@ -17,7 +17,19 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import JSON, Double, Engine, ForeignKey, String, Text, UniqueConstraint, create_engine, event
+from sqlalchemy import (
+    JSON,
+    URL,
+    Double,
+    Engine,
+    ForeignKey,
+    String,
+    Text,
+    UniqueConstraint,
+    create_engine,
+    event,
+    make_url,
+)
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
@@ -27,6 +39,16 @@ from fedsecure.errors import EnvironmentProblem
 # How long a writer waits for another, in seconds: `fedsecure runs` beside a running aggregator.
 _BUSY_SECONDS = 20
 _URL = "FEDSECURE_DATABASE"
+# Of PostgreSQL: a server that is not there, one that vanished, and a statement that takes too long.
+_BOUNDED = {
+    "connect_timeout": 10,
+    "keepalives": 1,
+    "keepalives_idle": 30,
+    "keepalives_interval": 10,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+    "options": "-c statement_timeout=30000",
+}
 
 
 class Base(DeclarativeBase):
@@ -105,13 +127,13 @@ class Database:
     """
 
     def __init__(self, url: str, state: Path) -> None:
-        self._where = url.rpartition("@")[2] if url else str(state / "aggregator.db")
+        self._where = _public(url) if url else str(state / "aggregator.db")
         if not url:
             # SQLite would create it readable for others.
             _touch(state / "aggregator.db")
             url = f"sqlite:///{state / 'aggregator.db'}"
         try:
-            self.engine = create_engine(url, connect_args={"timeout": _BUSY_SECONDS} if "sqlite" in url else {})
+            self.engine = create_engine(url, connect_args=_connect_args(make_url(url)))
         except ImportError as error:
             raise EnvironmentProblem(
                 "FS-1832",
@@ -188,6 +210,23 @@ def migrations() -> Config:
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).with_name("migrations")).replace("%", "%%"))
     return config
+
+
+def _public(url: str) -> str:
+    """The place alone: a password may stand before the host, and among the parameters too."""
+    try:
+        return make_url(url).set(query={}).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return "that `database` names"
+
+
+def _connect_args(url: URL) -> dict[str, Any]:
+    """The driver's waits, all of them bounded, since each stops the aggregator's loop; the URL's own come first."""
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": _BUSY_SECONDS}
+    # libpq's words, which other drivers of PostgreSQL do not know.
+    bounded = url.drivername in ("postgresql", "postgresql+psycopg", "postgresql+psycopg2")
+    return {name: value for name, value in _BOUNDED.items() if name not in url.query} if bounded else {}
 
 
 def _durable(connection: Any, _: object) -> None:

@@ -104,7 +104,8 @@ class Engine:
         self.ended_at = now
         if standing.outcome is not None:
             # The process that ended the run may have been killed before it said so; twice is better than never.
-            self._tell_the_end(standing.outcome, reason=standing.outcome.get("error", ""))
+            self.failure = _failure_of(standing.outcome)
+            self._tell_the_end(standing.outcome, reason=self.failure.found if self.failure else "")
             self._say_the_end(standing.outcome, now)
 
     def tick(self, now: float) -> None:
@@ -447,6 +448,21 @@ class Engine:
 def _of_this_machine(cause: BaseException | None) -> bool:
     """Whether a failure is one of disk, database or permissions (FS-1349: the spool)."""
     return isinstance(cause, EnvironmentProblem) or (isinstance(cause, FedsecureError) and cause.code == "FS-1349")
+
+
+def _failure_of(outcome: Mapping[str, Any]) -> RunError | None:
+    """Why a run did not complete that a process before this one ended; None where it did."""
+    if outcome["complete"]:
+        return None
+    code = str(outcome["code"])
+    failure = RunError(
+        code,
+        str(outcome["error"]).removeprefix(f"{code}: ").partition(". Expected ")[0],
+        expected="a run that completes",
+        cure="see the run's audit log; what was charged stays charged",
+    )
+    failure.final = True
+    return failure
 
 
 def _run_failure(code: str, found: str, error: Exception) -> RunError:

@@ -1,6 +1,6 @@
 """``fedsecure serve`` as a program: one run or several, from listening to the last goodbye. Never imports torch.
 
-Killed at any point and started again, it takes up what is not over; one that is over for good is followed by a new run.
+Killed at any point and started again, it takes up what is not over. New runs begin once all of the command are over.
 """
 
 from __future__ import annotations
@@ -39,6 +39,8 @@ Watch = Callable[[dict[str, Any]], None]
 # How often it looks whether the operator wants something else.
 _OBEY_SECONDS = 1.0
 _LOOK_SECONDS = 0.25
+# How often it looks whether a day has gone by since it looked at its certificates.
+_WARN_SECONDS = 60.0
 log = logging.getLogger("fedsecure.aggregator")
 
 
@@ -54,7 +56,7 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
         Each run's summary: rounds, attempts with survivors and reasons, evaluations.
 
     Raises:
-        ConfigError: FS-1022 two files name the same federation, or another address or identity.
+        ConfigError: FS-1022 two files name the same federation or place for metrics, or another address or identity.
         RunError: FS-1701 not enough sites came, FS-1702 a round failed too often, FS-1712 stopped by a signal, FS-1731
             to FS-1735 the run that is not over cannot be taken up.
         ModelError: FS-1640 a method will compute at the aggregator, from a file that is not named.
@@ -70,16 +72,27 @@ def serve(configs: Sequence[FederationConfig], *, announce: Announce, watch: Wat
 
 async def _serve(configs: Sequence[FederationConfig], announce: Announce, watch: Watch) -> list[dict[str, Any]]:
     identity = load_identity(configs[0].identity)
-    for sentence in certificates.ending(identity.certificate, identity.ca):
-        log.warning("%s", sentence)
-    with ExitStack() as held:
-        for folder in sorted({config.state for config in configs}):
-            held.enter_context(only_one(make_folder(folder)))
-        newcomers = {site for config in configs if not _goes_on(config) for site in config.sites}
-        async with members(configs[0], identity, newcomers) as standing:
-            return await _serve_runs(
-                held, configs, replace(identity, roster=standing.roster), standing, announce, watch
-            )
+    warning = asyncio.create_task(_warn(identity))
+    try:
+        with ExitStack() as held:
+            for folder in sorted({config.state for config in configs}):
+                held.enter_context(only_one(make_folder(folder)))
+            newcomers = {site for config in configs if not _goes_on(config) for site in config.sites}
+            async with members(configs[0], identity, newcomers) as standing:
+                return await _serve_runs(
+                    held, configs, replace(identity, roster=standing.roster), standing, announce, watch
+                )
+    finally:
+        warning.cancel()
+
+
+async def _warn(identity: Identity) -> None:
+    """Say, now and once a day, that the aggregator's certificate or the federation's ends soon."""
+    notices = certificates.Notices(identity.certificate, identity.ca)
+    while True:
+        for sentence in notices.due():
+            log.warning("%s", sentence)
+        await asyncio.sleep(_WARN_SECONDS)
 
 
 async def _serve_runs(
@@ -124,11 +137,18 @@ async def _serve_runs(
                 one.readiness.not_ready("the aggregator ends")
         look()
         await server.stop(grace=0.5)
-    for core in runs:
-        core.close()
-    for core in runs:
-        if core.outcome is None or not core.outcome["complete"]:
-            raise core.failure or AssertionError(core.outcome)
+    return _ended(runs)
+
+
+def _ended(runs: Sequence[Coordinator]) -> list[dict[str, Any]]:
+    """The summaries; raises the failure of a run that did not complete, first of one that can go on."""
+    if all(core.over for core in runs):
+        # A run closed before the others would be begun anew by the command that goes on with them.
+        for core in runs:
+            core.close()
+    failures = [core.failure for core in runs if core.failure is not None]
+    if failures:
+        raise min(failures, key=lambda failure: failure.final)
     return [core.outcome for core in runs if core.outcome is not None]
 
 
@@ -228,13 +248,17 @@ def _check_together(configs: Sequence[FederationConfig]) -> None:
             raise _apart(f"{len(values)} different values of {what}")
     if len(set(names)) != len(names):
         raise _apart(f"the names {names}")
+    # Port 0 is a free one for each.
+    ports = [config.metrics for config in configs if config.metrics and not config.metrics.endswith(":0")]
+    if len(set(ports)) != len(ports):
+        raise _apart(f"the metrics addresses {ports}")
 
 
 def _apart(found: str) -> ConfigError:
     return ConfigError(
         "FS-1022",
         f"runs served together with {found}",
-        expected="one `listen` and one `identity` for all of them, and a `name` for each",
+        expected="one `listen` and one `identity` for all of them, and a `name` and `metrics` of its own for each",
         cure="correct the files, or start an aggregator for each",
     )
 

@@ -338,11 +338,18 @@ def unfinished(database: Database, config: FederationConfig, *, clock: Clock = t
     if found is None:
         return None
     if found.settings != settings.canonical():
+        over = found.outcome is not None
+        cure = (
+            "put them back and start it once, without other runs: it ends at once, and the next start begins a new run"
+            if over
+            else f"put them back and the run goes on, or end it: fedsecure runs stop --config FILE {found.id[:8]}"
+        )
         raise RunError(
             "FS-1732",
-            f"run {found.id[:8]} of {settings.name!r} is not over, and federation.toml has changed since it began",
+            f"run {found.id[:8]} of {settings.name!r} is {'over but not closed' if over else 'not over'}, and"
+            " federation.toml has changed since it began",
             expected=f"the settings of the run, as in {config.state / 'runs' / found.id / 'federation.json'}",
-            cure=f"put them back and the run goes on, or end it: fedsecure runs stop --config FILE {found.id[:8]}",
+            cure=cure,
         )
     return RunStore(database, config.state, bytes.fromhex(found.id), clock=clock)
 

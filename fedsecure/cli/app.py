@@ -17,7 +17,7 @@ from fedsecure.cli.running import demo, init, join, plan, serve, simulate
 from fedsecure.cli.runs import runs
 from fedsecure.cli.using import evaluate, predict
 from fedsecure.cli.watching import status, top
-from fedsecure.errors import RUN_OVER, FedsecureError, RunError
+from fedsecure.errors import FedsecureError, exit_status
 
 app = typer.Typer(
     name="fedsecure",
@@ -54,7 +54,7 @@ def main() -> None:
         from fedsecure.cli.display import show_error
 
         show_error(error)
-        sys.exit(RUN_OVER if isinstance(error, RunError) and error.final else 1)
+        sys.exit(exit_status(error))
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
-from fedsecure.errors import FedsecureError
+from fedsecure.errors import FedsecureError, exit_status
 
 if TYPE_CHECKING:
     from fedsecure.client import Moment
@@ -57,4 +57,4 @@ def _as_lines() -> Iterator[None]:
         yield
     except FedsecureError as error:
         log.error("%s", error, extra={"code": error.code})
-        raise typer.Exit(1) from None
+        raise typer.Exit(exit_status(error)) from None

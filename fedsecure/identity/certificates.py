@@ -31,6 +31,7 @@ AGGREGATOR = "aggregator"
 EARLY = dt.timedelta(minutes=5)
 DAYS = 365
 NOTICE = dt.timedelta(days=30)
+_DAY = dt.timedelta(days=1)
 SITE_URI = "fedsecure:site:"
 
 
@@ -137,6 +138,22 @@ def ending(certificate: bytes, authority: bytes, *, now: dt.datetime | None = No
         if end - moment < NOTICE:
             found.append(f"{name} ends on {end:%Y-%m-%d %H:%M} UTC: {cure}")
     return found
+
+
+class Notices:
+    """What :func:`ending` says of a member's two certificates (PEM), once a day: a run can outlast what is left."""
+
+    def __init__(self, certificate: bytes, authority: bytes) -> None:
+        self._certificates = certificate, authority
+        self._next: dt.datetime | None = None
+
+    def due(self, now: dt.datetime | None = None) -> list[str]:
+        """The sentences to be said now; none where a day has not gone by since the last look."""
+        moment = now or dt.datetime.now(dt.UTC)
+        if self._next is not None and moment < self._next:
+            return []
+        self._next = moment + _DAY
+        return ending(*self._certificates, now=moment)
 
 
 def check(certificate: bytes, authority: bytes, *, now: dt.datetime | None = None) -> str:

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import stat
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic import command
@@ -99,12 +100,39 @@ def test_a_damaged_file_is_one_clear_error(tmp_path: Path, content: bytes) -> No
         Database("", tmp_path)
 
 
-def test_a_password_is_in_no_message(tmp_path: Path) -> None:
-    for url in ("postgresql+psycopg://user:geheim@127.0.0.1:1/none", "nonsense://user:geheim@host/x"):
-        with pytest.raises(EnvironmentProblem) as caught:
-            Database(url, tmp_path)
-        assert caught.value.code == "FS-1830"
-        assert "geheim" not in str(caught.value)
+@pytest.mark.parametrize(
+    ("url", "where"),
+    [
+        ("postgresql+psycopg://user:geheim@127.0.0.1:1/none", "postgresql+psycopg://user:***@127.0.0.1:1/none"),
+        ("postgresql+psycopg://127.0.0.1:1/none?user=u&password=geheim", "postgresql+psycopg://127.0.0.1:1/none"),
+        ("nonsense://user:geheim@host/x", "nonsense://user:***@host/x"),
+        ("user:geheim@host", "that `database` names"),
+    ],
+)
+def test_a_password_is_in_no_message(tmp_path: Path, url: str, where: str) -> None:
+    with pytest.raises(EnvironmentProblem) as caught:
+        Database(url, tmp_path)
+    assert caught.value.code == "FS-1830"
+    assert f"database {where} fails" in caught.value.found
+    assert "geheim" not in str(caught.value)
+
+
+def test_no_wait_for_postgresql_is_without_an_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    psycopg = pytest.importorskip("psycopg")
+    given: dict[str, Any] = {}
+
+    def connect(*_: Any, **arguments: Any) -> Any:
+        given.update(arguments)
+        raise psycopg.OperationalError("nobody there")
+
+    monkeypatch.setattr(psycopg, "connect", connect)
+    for query, seconds in (("", 10), ("?connect_timeout=3", "3")):
+        given.clear()
+        with pytest.raises(EnvironmentProblem, match="FS-1830.*nobody there"):
+            Database(f"postgresql+psycopg://host/name{query}", tmp_path)
+        assert given["connect_timeout"] == seconds
+        assert given["keepalives"] == 1
+        assert given["options"] == "-c statement_timeout=30000"
 
 
 def test_a_driver_that_is_missing_is_named(tmp_path: Path) -> None:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 from federation_world import World
 
+from fedsecure.aggregator.database import Database
 from fedsecure.aggregator.house import House
 from fedsecure.aggregator.program import serve
-from fedsecure.aggregator.store import begin
+from fedsecure.aggregator.store import begin, runs_of, unfinished
+from fedsecure.config import FederationConfig
 from fedsecure.errors import ConfigError, RunError
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
@@ -73,9 +75,61 @@ def test_a_site_says_which_run_it_means(tmp_path: Path) -> None:
         house.beat("site-1", b"z" * 16, 0.0)
 
 
+def ended(config: FederationConfig, outcome: dict[str, object]) -> None:
+    """Puts it into the database that the file's run is over, as a process before would have."""
+    database = Database("", config.state)
+    store = unfinished(database, config) or begin(database, config, bytes(range(16)))
+    store.end({**outcome, "run": store.run.hex()}, round=1, attempt=0)
+    database.close()
+
+
+def test_a_run_that_is_over_is_not_begun_anew_while_another_goes_on(tmp_path: Path) -> None:
+    world = World(tmp_path, waits={"start_seconds": 0.2, "phase_seconds": 0.2})
+    waits = world.start().config.model_copy(update={"listen": "127.0.0.1:0"})
+    world.database.close()
+    over = waits.model_copy(update={"name": "over"})
+    ended(over, {"complete": False, "code": "FS-1702", "error": "FS-1702: too many failed. Expected x. Cure: y"})
+    runs: list[bytes] = []
+
+    def serve_both() -> RunError:
+        with pytest.raises(RunError) as caught:
+            serve([over, waits], announce=lambda _, run: runs.append(run), watch=lambda _: None)
+        return caught.value
+
+    for _ in range(2):
+        failure = serve_both()
+        assert (failure.code, failure.final) == ("FS-1701", False), "the same command goes on with the one that waits"
+    assert runs[:2] == runs[2:]
+    assert runs[0] == bytes(range(16))
+
+    ended(waits, {"complete": True})
+    failure = serve_both()
+    assert (failure.code, failure.found, failure.final) == ("FS-1702", "too many failed", True)
+    assert runs[4:] == runs[:2]
+    database = Database("", waits.state)
+    assert [row.closed for row in runs_of(database)] == [True, True]
+    database.close()
+
+
+def test_a_run_that_is_over_and_not_closed_asks_for_its_settings(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    config = world.start().config
+    ended(config, {"complete": True})
+    method = config.method.model_copy(update={"rounds": 9})
+    with pytest.raises(RunError, match="FS-1732.*over but not closed.*start it once"):
+        unfinished(world.database, config.model_copy(update={"method": method}))
+
+
 def test_files_that_cannot_be_served_together(tmp_path: Path) -> None:
     world = World(tmp_path)
     config = world.start().config
-    for changes in ({}, {"name": "b", "listen": "127.0.0.1:1"}, {"name": "b", "identity": tmp_path}):
-        with pytest.raises(ConfigError, match="FS-1022"):
+    config = config.model_copy(update={"metrics": "127.0.0.1:9464"})
+    apart = {"name": "b", "metrics": ""}
+    for changes, named in (
+        ({"metrics": ""}, "the names"),
+        ({**apart, "listen": "127.0.0.1:1"}, "address"),
+        ({**apart, "identity": tmp_path}, "identity"),
+        ({"name": "b"}, "the metrics addresses"),
+    ):
+        with pytest.raises(ConfigError, match=f"FS-1022.*{named}"):
             serve([config, config.model_copy(update=changes)], announce=lambda *_: None, watch=lambda _: None)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +63,15 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
         return Ended(status, streams.out, streams.err)
 
     return run
+
+
+@pytest.fixture
+def log_state() -> Iterator[None]:
+    """Puts the loggers back as they were: ``serve`` and ``join`` set them up for the process."""
+    root, own = logging.getLogger(), logging.getLogger("fedsecure")
+    before = list(root.handlers), root.level, own.level
+    yield
+    root.handlers[:], root.level, own.level = before
 
 
 @pytest.fixture(scope="session")

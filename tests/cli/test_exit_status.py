@@ -12,9 +12,11 @@ from fedsecure.errors import RunError
 from fedsecure.simulation.scaffold import lay_out
 
 
+@pytest.mark.usefixtures("log_state")
+@pytest.mark.parametrize("log_format", ["text", "json"])
 @pytest.mark.parametrize(("final", "status"), [(True, 3), (False, 1)])
 def test_a_run_that_is_over_for_good_has_a_status_of_its_own(
-    tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch, final: bool, status: int
+    tmp_path: Path, command: Any, monkeypatch: pytest.MonkeyPatch, final: bool, status: int, log_format: str
 ) -> None:
     world = World(tmp_path)
     (tmp_path / "out").mkdir()
@@ -26,6 +28,6 @@ def test_a_run_that_is_over_for_good_has_a_status_of_its_own(
         raise error
 
     monkeypatch.setattr("fedsecure.aggregator.program.serve", serve)
-    ended = command("serve", "--quiet", "--config", layout.federation)
+    ended = command("serve", "--quiet", "--config", layout.federation, "--log-format", log_format)
     assert ended.status == status
     assert "FS-1702" in ended.err

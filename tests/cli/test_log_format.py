@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,13 +11,7 @@ from federation_world import World
 
 from fedsecure.simulation.scaffold import to_toml
 
-
-@pytest.fixture(autouse=True)
-def _as_before() -> Iterator[None]:
-    root, own = logging.getLogger(), logging.getLogger("fedsecure")
-    before = list(root.handlers), root.level, own.level
-    yield
-    root.handlers[:], root.level, own.level = before
+pytestmark = pytest.mark.usefixtures("log_state")
 
 
 def federation(folder: Path) -> Path:

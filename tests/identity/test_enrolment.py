@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import shutil
 import time
@@ -552,6 +553,15 @@ def test_the_end_is_announced_ahead(world: Coordinated) -> None:
     (sentence,) = certificates.ending(identity.certificate, identity.ca, now=end - month / 2)
     assert f"{end:%Y-%m-%d}" in sentence
     assert "fedsecure renew" in sentence
+
+
+def test_the_end_is_announced_once_a_day(world: Coordinated) -> None:
+    identity = world.enrol("ward-a")
+    end = certificates.parse(identity.certificate, "it").not_valid_after_utc
+    notices, hour = certificates.Notices(identity.certificate, identity.ca), dt.timedelta(hours=1)
+    start = end - certificates.NOTICE - 3 * hour
+    said = [bool(notices.due(start + hours * hour)) for hours in range(80)]
+    assert [hours for hours, spoken in enumerate(said) if spoken] == [24, 48, 72]
 
 
 @settings(max_examples=30)
