@@ -394,8 +394,11 @@ class Engine:
             self.worker.stop()
             self.worker = None
         attempt, self.attempt = self.attempt, None
-        if attempt is not None:
-            attempt.abort()
+        try:
+            if attempt is not None:
+                attempt.abort()
+        except FedsecureError as worse:
+            log.warning("the attempt's transcript is not sealed: %s", worse)
         # What this process cannot do, on this disk or without those sites, the next one may.
         error.final = final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
         summary = self.account.summary(self.progress)
