@@ -244,8 +244,8 @@ class Client:
         """The run's questions as they come; ends when the run does.
 
         Raises:
-            RunError: FS-1709 the run was given up by the aggregator, with its reason, FS-1711 nothing was asked
-                within ``wait_seconds``.
+            RunError: FS-1709 the run was given up by the aggregator, with its reason, FS-1711 for
+                ``wait_seconds`` nothing was asked and the run did not move.
             TransportError: FS-1501 the aggregator is gone.
         """
         give_up = self._line.deadline()

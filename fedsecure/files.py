@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 from fedsecure.errors import EnvironmentProblem
@@ -24,6 +25,28 @@ def write_whole(path: Path, data: bytes, *, mode: int = 0o600) -> None:
         draft.replace(path)
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def appending(path: Path) -> Callable[[bytes | memoryview], None]:
+    """What appends to a file that begins empty: each time all of it, or nothing.
+
+    What it returns raises EnvironmentProblem FS-1802, no permission or no space; the same bytes may be tried again.
+    """
+    end = 0
+
+    def append(data: bytes | memoryview) -> None:
+        nonlocal end
+        try:
+            with path.open("r+b" if end else "wb") as file:
+                # A write that failed may have left a part.
+                file.truncate(end)
+                file.seek(end)
+                file.write(data)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        end += len(data)
+
+    return append
 
 
 def make_folder(path: Path) -> Path:

@@ -226,6 +226,12 @@ class Coordinator:
         """What is being waited for, in words."""
         return self.engine.reason(now)
 
+    def wait(self, token: bytes, now: float) -> pb.Directive:
+        """What a site hears that nothing is asked of: for whom the run waits, and where it is."""
+        account = self.engine.account
+        position = f"{account.round}.{account.attempt} {account.state}"
+        return pb.Directive(wait=pb.Wait(reason=self.reason(now), position=position))
+
     def status(self, now: float) -> dict[str, Any]:
         """A snapshot for people: stage, round, who is there, what is awaited."""
         return {

@@ -37,8 +37,8 @@ from fedsecure.wire import federation_pb2 as pb
 
 # Sites named in a reason: every site that waits is told it.
 _NAMED = 20
-# Ends that a new process does not take for the run's: sites may come, the disk may be mended.
-_NOT_FINAL = ("FS-1701",)
+# Ends that a new process does not take for the run's: sites may come, a machine may have time.
+_NOT_FINAL = ("FS-1701", "FS-1722")
 log = logging.getLogger("fedsecure.aggregator")
 
 
@@ -395,8 +395,11 @@ class Engine:
             self.worker.stop()
             self.worker = None
         attempt, self.attempt = self.attempt, None
-        if attempt is not None:
-            attempt.abort()
+        try:
+            if attempt is not None:
+                attempt.abort()
+        except FedsecureError as worse:
+            log.warning("the attempt's transcript is not sealed: %s", worse)
         # What this process cannot do, on this disk or without those sites, the next one may.
         error.final = final = error.code not in _NOT_FINAL and not _of_this_machine(error.__cause__)
         summary = self.account.summary(self.progress)
@@ -446,8 +449,9 @@ class Engine:
 
 
 def _of_this_machine(cause: BaseException | None) -> bool:
-    """Whether a failure is one of disk, database or permissions (FS-1349: the spool)."""
-    return isinstance(cause, EnvironmentProblem) or (isinstance(cause, FedsecureError) and cause.code == "FS-1349")
+    """Whether a failure is one of memory, disk, database or permissions (FS-1349: the spool)."""
+    spool = isinstance(cause, FedsecureError) and cause.code == "FS-1349"
+    return spool or isinstance(cause, EnvironmentProblem | OSError)
 
 
 def _failure_of(outcome: Mapping[str, Any]) -> RunError | None:

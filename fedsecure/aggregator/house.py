@@ -96,6 +96,9 @@ class House:
         """What the runs wait for, in words."""
         return "; ".join(core.reason(now) for core in self.runs)
 
+    def wait(self, token: bytes, now: float) -> pb.Directive:
+        return self._core(token).wait(token, now)
+
     def write_status(self, now: float) -> None:
         for core in self.runs:
             core.write_status(now)

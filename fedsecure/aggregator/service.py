@@ -87,7 +87,7 @@ class Service(rpc.FederationServicer):
                     self._core.carried(request.session, down=found.ByteSize())
                     return found
                 if now >= give_up:
-                    return pb.Directive(wait=pb.Wait(reason=self._core.reason(now)))
+                    return self._core.wait(request.session, now)
                 await self._sleep(site, request.session, give_up - now, news)
 
     async def Beat(self, request: pb.BeatRequest, context: _Context) -> pb.Ack:

@@ -4,7 +4,8 @@ The aggregator never imports torch (architecture.md, "Floors"); a method that ne
 long, computes here. The child gets settings and state and gives back a state, both as one safetensors file with JSON in
 its header: nothing is unpickled, and both sides check sizes before they read. Files without names carry them, so
 neither side can block the other; a pipe tells the child when its parent is gone. The sum that a computation starts from
-is on disk before it begins, so what goes wrong here loses no sum, and the sites' charges bought what they bought.
+is on disk before it begins, so what goes wrong here loses no sum, and the sites' charges bought what they bought. What
+the machine does to it (no memory, no space, a signal) has an ``OSError`` as its cause: the next process computes again.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -30,7 +32,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from fedsecure.config import FederationConfig, RunSettings
-from fedsecure.errors import FedsecureError, ModelError, RunError
+from fedsecure.errors import EnvironmentProblem, FedsecureError, ModelError, RunError
 from fedsecure.methods.base import ComputingMethod, ServerState
 from fedsecure.methods.registry import load_method
 
@@ -94,9 +96,9 @@ class StepWorker:
             "target_file": str(target_file) if target_file else None,
         }
         self._files = ExitStack()
-        self._answer = self._files.enter_context(_nameless())
-        self._errors = self._files.enter_context(_nameless())
         try:
+            self._answer = self._files.enter_context(_nameless())
+            self._errors = self._files.enter_context(_nameless())
             with _nameless() as question:
                 question.write(pack(state, facts))
                 question.seek(0)
@@ -111,7 +113,7 @@ class StepWorker:
                 )
         except OSError as error:
             self._files.close()
-            raise _failed(f"it cannot be started ({error.strerror or type(error).__name__})") from error
+            raise _failed(f"it cannot be started ({error.strerror or type(error).__name__})", again=True) from error
         except BaseException:
             self._files.close()
             raise
@@ -131,7 +133,8 @@ class StepWorker:
                 "FS-1722",
                 "the method's computation at the aggregator took longer than rounds.training_seconds",
                 expected="an end within that time",
-                cure="allow more time, or a smaller computation; the last sum is in the run's folder",
+                cure="let it have a faster machine, or this one to itself, and start `fedsecure serve` again: the run "
+                "goes on from its last sum; or end it: fedsecure runs stop",
             )
         try:
             return self._read(status)
@@ -151,13 +154,18 @@ class StepWorker:
         if status != 0:
             self._errors.seek(max(0, os.fstat(self._errors.fileno()).st_size - 4000))
             log.error("the computation failed: %s", self._errors.read().decode("utf-8", "replace").strip())
-            raise _failed(f"it was ended by signal {-status}" if status < 0 else f"it ended with status {status}")
+            if status < 0:
+                raise _unlucky(f"it was ended by signal {-status}")
+            if status == os.EX_OSERR:
+                raise _unlucky("this machine had no room for it, or could not read for it")
+            raise _failed(f"it ended with status {status}")
         try:
             state, facts = unpack(self._answer)
         except ValueError as error:
             raise _failed(f"its answer is {error}") from error
         if "error" in facts:
-            raise _failed(str(facts["error"])[:1000])
+            why = str(facts["error"])[:1000]
+            raise _unlucky(why) if facts.get("machine") else _failed(why)
         return state
 
 
@@ -208,20 +216,28 @@ def compute(file: IO[bytes]) -> bytes:
         method = cast(ComputingMethod, load_method(settings.method.name))
         return pack(method.compute(settings, state, features), {})
     except FedsecureError as error:
-        return pack(ServerState(), {"error": str(error)})
+        return pack(ServerState(), {"error": str(error), "machine": isinstance(error, EnvironmentProblem)})
 
 
 def _nameless() -> IO[bytes]:
     return tempfile.TemporaryFile()
 
 
-def _failed(why: str) -> RunError:
+def _failed(why: str, *, again: bool = False) -> RunError:
+    mend = "free memory and space, and start `fedsecure serve` again: the run goes on from its last sum"
     return RunError(
         "FS-1721",
         f"the method's computation at the aggregator failed: {why}",
         expected="a state computed from the last sum",
-        cure="see the aggregator's log; the last sum is in the run's folder, and the sites' charges stand",
+        cure=mend if again else "see the aggregator's log; the last sum is in the run's folder, and the charges stand",
     )
+
+
+def _unlucky(why: str) -> RunError:
+    """The machine failed the child, not the method."""
+    failure = _failed(why, again=True)
+    failure.__cause__ = ChildProcessError(why)
+    return failure
 
 
 def _end_with_parent() -> None:
@@ -237,8 +253,14 @@ def main(arguments: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _end_with_parent()
-    with os.fdopen(int(arguments[0]), "rb") as question, os.fdopen(int(arguments[1]), "wb") as answer:
-        answer.write(compute(question))
+    try:
+        with os.fdopen(int(arguments[0]), "rb") as question, os.fdopen(int(arguments[1]), "wb") as answer:
+            answer.write(compute(question))
+    except (OSError, MemoryError):
+        with suppress(OSError):
+            traceback.print_exc()
+        # An orderly end may fail for want of the same room, with another status.
+        os._exit(os.EX_OSERR)
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ from fedsecure.aggregator.schedule import Progress
 from fedsecure.aggregator.states import RunState
 from fedsecure.config import FederationConfig, RunSettings
 from fedsecure.errors import RunError
-from fedsecure.files import make_folder, write_whole
+from fedsecure.files import appending, make_folder, write_whole
 from fedsecure.identity.keys import read
 from fedsecure.methods.base import ServerState
 
@@ -145,14 +145,9 @@ class RunStore:
         write_whole(self.folder / "status.json", json.dumps(status, sort_keys=True).encode())
 
     def transcript(self, name: str) -> Callable[[bytes | memoryview], object]:
-        """Where the transcript of an attempt, or of a set-up of keys, is appended to."""
-        file = make_folder(self.folder / "transcripts") / name
-
-        def write(data: bytes | memoryview) -> None:
-            with file.open("ab") as opened:
-                opened.write(data)
-
-        return write
+        """Where the transcript of an attempt, or of a set-up of keys, is appended to; it and what it returns raise
+        EnvironmentProblem FS-1802."""
+        return appending(make_folder(self.folder / "transcripts") / name)
 
     # --- what is there ----------------------------------------------------------------------------------------------
 

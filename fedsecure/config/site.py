@@ -100,6 +100,7 @@ class SiteConfig(Section):
         target_file: this site's copy of the target that the run aligns with, if it does.
         engine: where clipped sums come from; ``"auto"`` prefers the closed form where its equality is tested.
         device: ``"auto"`` takes the GPU where there is one.
+        wait_seconds: longest time in which nothing is asked and the run does not move.
     """
 
     site: SiteId

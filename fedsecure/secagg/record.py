@@ -19,7 +19,7 @@ from typing import BinaryIO
 
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from fedsecure.errors import IdentityError, ProtocolError
+from fedsecure.errors import EnvironmentProblem, IdentityError, ProtocolError
 from fedsecure.identity.keys import KEY_BYTES, SIGNATURE_BYTES
 from fedsecure.identity.roster import MAX_SITES, PURPOSE, Roster, RosterEntry
 from fedsecure.secagg import descriptor as descriptors
@@ -67,8 +67,10 @@ class Record:
 class TranscriptRecorder:
     """Turns what passes in a round into the bytes of a transcript. No I/O: ``write`` takes the bytes as they come.
 
+    Each call raises what ``write`` does. What it did not take is offered again, first, with the next call.
+
     Args:
-        write: takes bytes in order: a file's ``write``, or ``bytearray().extend``.
+        write: takes bytes in order, all or none: a file's ``write``, or ``bytearray().extend``.
         descriptor: the round, or the epoch that keys are set up for.
         roster: the roster it names.
         payloads: keep the masked vectors, 4d bytes a site; without them the sum itself cannot be recomputed.
@@ -87,12 +89,14 @@ class TranscriptRecorder:
         self._write, self._payloads = write, payloads
         self._hash = hashlib.sha256()
         self._sealed = False
+        self._left = bytearray()
         self._put(MAGIC + struct.pack(">I", VERSION))
         kind = Kind.EPOCH if isinstance(descriptor, EpochDescriptor) else Kind.DESCRIPTOR
         self._add(kind, EVERYONE, descriptor.canonical())
         self._add(Kind.ROSTER, EVERYONE, roster.canonical())
         if set_up:
             self._add(Kind.SET_UP, EVERYONE, set_up)
+        self.flush()
 
     @property
     def digest(self) -> bytes:
@@ -102,12 +106,14 @@ class TranscriptRecorder:
     def message(self, index: int, raw: bytes) -> None:
         """A small message that site number ``index`` sent and the aggregator accepted."""
         self._add(Kind.MESSAGE, index, raw)
+        self.flush()
 
     def upload(self, index: int, header: bytes, payload: memoryview | bytes) -> None:
         """A masked vector that the aggregator added to the sum."""
         self._add(Kind.UPLOAD, index, header)
         if self._payloads:
             self._add(Kind.PAYLOAD, index, memoryview(payload).cast("B"))
+        self.flush()
 
     def broadcast(self, messages: Mapping[int, bytes]) -> None:
         """What the aggregator sent, site number → bytes; written once where all got the same."""
@@ -117,12 +123,28 @@ class TranscriptRecorder:
         else:
             for index in sorted(messages):
                 self._add(Kind.BROADCAST, index, messages[index])
+        self.flush()
 
     def seal(self, sign: Callable[[str, bytes], bytes]) -> None:
         """Close the transcript, once; ``sign(type, body)`` makes the aggregator's signature in this round."""
         if not self._sealed:
             self._add(Kind.SEAL, EVERYONE, sign(SEAL, self._hash.digest()))
             self._sealed = True
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet."""
+        if self._left:
+            self._write(bytes(self._left))
+            self._left.clear()
+
+    def written(self) -> bool:
+        """Whether all of it is written; tries where it is not."""
+        try:
+            self.flush()
+        except EnvironmentProblem:
+            return False
+        return True
 
     def _add(self, kind: Kind, site: int, data: bytes | memoryview) -> None:
         assert not self._sealed, "a record after the seal"
@@ -131,11 +153,14 @@ class TranscriptRecorder:
 
     def _put(self, data: bytes | memoryview) -> None:
         self._hash.update(data)
-        self._write(data)
+        self._left += data
 
 
 class RecordingServer(SecAggServer):
     """A :class:`SecAggServer` that writes the transcript of its attempt; sealed when the attempt ends, either way.
+
+    A call whose message cannot be written raises what ``write`` does, and may be repeated; until the message is written
+    no repeat of it succeeds and no phase ends.
 
     Args:
         write: takes the transcript's bytes in order.
@@ -166,20 +191,33 @@ class RecordingServer(SecAggServer):
         new = super().receive(site, message)
         if new:
             self._recorder.message(self._descriptor.index(site), message)
+        self._recorder.flush()
         return new
+
+    def buffer(self, site: str, header: bytes) -> memoryview | None:
+        room = super().buffer(site, header)
+        if room is None:
+            self._recorder.flush()
+        return room
 
     def receive_masked(self, site: str, header: bytes, payload: memoryview | bytes) -> bool:
         new = super().receive_masked(site, header, payload)
         if new:
             self._recorder.upload(self._descriptor.index(site), header, payload)
+        self._recorder.flush()
         return new
 
+    def waits(self, alive: Callable[[str], bool]) -> bool:
+        return not self._recorder.written() or super().waits(alive)
+
     def close(self) -> Mapping[str, bytes]:
+        self._recorder.flush()
         messages = super().close()
         self._recorder.broadcast({self._descriptor.index(site): raw for site, raw in messages.items()})
         return messages
 
     def finish(self) -> SecAggResult:
+        self._recorder.flush()
         result = super().finish()
         self._recorder.broadcast({EVERYONE: result.result_message})
         self._recorder.seal(self._party.sign)
@@ -221,9 +259,14 @@ class RecordingEpochServer(EpochServer):
         new = super().receive(site, message)
         if new:
             self._recorder.message(self._descriptor.cohort.index(site) + 1, message)
+        self._recorder.flush()
         return new
 
+    def waits(self, alive: Callable[[str], bool]) -> bool:
+        return not self._recorder.written() or super().waits(alive)
+
     def close(self) -> Mapping[str, bytes]:
+        self._recorder.flush()
         messages = super().close()
         self._recorder.broadcast({self._descriptor.cohort.index(site) + 1: raw for site, raw in messages.items()})
         if self.phase is Phase.DONE:

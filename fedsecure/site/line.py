@@ -7,6 +7,7 @@ characters.
 from __future__ import annotations
 
 import logging
+import math
 import os
 import threading
 import time
@@ -63,7 +64,7 @@ class Line:
 
     Args:
         transport: how to reach the aggregator.
-        wait_seconds: longest wait for a directive that is of use.
+        wait_seconds: longest time in which neither a directive of use comes nor the run moves.
         progress: called with a :class:`Moment` while waiting.
         federation: which run is meant, where the aggregator serves several; empty for the only one.
     """
@@ -77,6 +78,8 @@ class Line:
         self._welcome: pb.JoinReply | None = None
         self._roster_hash = b""
         self._held: pb.Directive | None = None
+        self._position = ""
+        self._moved = -math.inf
         self._left = False
         self._pulse = threading.Event()
         self._joining = threading.Lock()
@@ -202,21 +205,23 @@ class Line:
         return time.monotonic() + self._wait_seconds
 
     def next(self, give_up: float) -> pb.Directive:
-        """The next directive; waits say what for, and end at ``give_up``.
+        """The next directive; waits say what for, and end at ``give_up``, or later where the run moves meanwhile.
 
         Raises:
             ProtocolError: FS-1375 a directive out of order, or of no kind.
-            RunError: FS-1711 nothing of use came.
+            RunError: FS-1711 nothing of use came, and nothing moved.
         """
         if self._held is not None:
             held, self._held = self._held, None
             return held
         reason = "the aggregator sends nothing of use"
-        while time.monotonic() <= give_up:
+        while time.monotonic() <= max(give_up, self._moved + self._wait_seconds):
             place, directive = self._again(self._ask_next)
             kind = directive.WhichOneof("kind")
             if kind == "wait":
                 reason = printable(directive.wait.reason)
+                if directive.wait.position != self._position:
+                    self._position, self._moved = directive.wait.position, time.monotonic()
                 self._progress(Moment(reason))
                 continue
             if kind is None or directive.sequence <= place.seen:
@@ -230,8 +235,8 @@ class Line:
             return directive
         raise RunError(
             "FS-1711",
-            f"nothing to do for {self._wait_seconds:g} s: {reason}",
-            expected="a question within wait_seconds",
+            f"nothing to do, and the run has not moved for {self._wait_seconds:g} s: {reason}",
+            expected="a question, or a run that moves, within wait_seconds",
             cure="see the named sites, or raise wait_seconds",
         )
 

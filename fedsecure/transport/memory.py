@@ -24,7 +24,7 @@ class Core(Protocol):
     def fetch(self, site: str, token: bytes, digest: bytes, now: float) -> bytes: ...
     def gone(self, site: str, token: bytes, now: float) -> None: ...
     def tick(self, now: float) -> None: ...
-    def reason(self, now: float) -> str: ...
+    def wait(self, token: bytes, now: float) -> pb.Directive: ...
 
 
 class MemoryTransport:
@@ -65,7 +65,7 @@ class MemoryTransport:
                     self._down += found.ByteSize()
                     return found
                 if time.monotonic() >= until:
-                    return pb.Directive(wait=pb.Wait(reason=self._core.reason(time.monotonic())))
+                    return self._core.wait(request.session, time.monotonic())
                 self._gate.wait(timeout=0.05)
                 # Nobody is woken here: two sites that wait would wake each other without end.
                 self._core.tick(time.monotonic())

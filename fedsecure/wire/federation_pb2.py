@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64secure/v1/federation.proto\x12\x0c\x66\x65\x64secure.v1\"D\n\x0cGreetRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x0e\n\x06newest\x18\x03 \x01(\r\"y\n\nGreetReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x15\n\rsettings_json\x18\x03 \x01(\t\x12\x0f\n\x07unix_ms\x18\x04 \x01(\x04\x12\x0f\n\x07waiting\x18\x05 \x01(\t\x12\x13\n\x0broster_hash\x18\x06 \x01(\x0c\"\x8c\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07session\x18\x02 \x01(\x0c\x12\x13\n\x0broster_hash\x18\x03 \x01(\x0c\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x12\n\nfederation\x18\x05 \x01(\t\x12\x0e\n\x06newest\x18\x06 \x01(\r\x12\x0f\n\x07request\x18\x07 \x01(\x0c\"A\n\tJoinReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x15\n\rsettings_json\x18\x03 \x01(\t\"-\n\x0bNextRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x8d\x02\n\tDirective\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x04wait\x18\x02 \x01(\x0b\x32\x12.fedsecure.v1.WaitH\x00\x12 \n\x03\x61sk\x18\x03 \x01(\x0b\x32\x11.fedsecure.v1.AskH\x00\x12$\n\x05relay\x18\x04 \x01(\x0b\x32\x13.fedsecure.v1.RelayH\x00\x12$\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x13.fedsecure.v1.AbortH\x00\x12*\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x16.fedsecure.v1.FinishedH\x00\x12(\n\x07prepare\x18\x07 \x01(\x0b\x32\x15.fedsecure.v1.PrepareH\x00\x42\x06\n\x04kind\"\x16\n\x04Wait\x12\x0e\n\x06reason\x18\x01 \x01(\t\"-\n\x03\x41sk\x12\x12\n\nquery_json\x18\x01 \x01(\t\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"\x1d\n\x07Prepare\x12\x12\n\ndescriptor\x18\x01 \x01(\x0c\"4\n\x05Relay\x12\x0b\n\x03\x63tx\x18\x01 \x01(\x0c\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"2\n\x05\x41\x62ort\x12\x0b\n\x03\x63tx\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x98\x01\n\x08\x46inished\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x14\n\x0csummary_json\x18\x02 \x01(\t\x12\x34\n\x07outputs\x18\x03 \x03(\x0b\x32#.fedsecure.v1.Finished.OutputsEntry\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"N\n\x0cPhaseMessage\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63tx\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0f\n\x07request\x18\x04 \x01(\x0c\"[\n\x0cUploadHeader\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63tx\x18\x02 \x01(\x0c\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x0f\n\x07request\x18\x05 \x01(\x0c\"2\n\x0eUploadProgress\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"h\n\nUploadPart\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fedsecure.v1.UploadHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedsecure.v1.ChunkH\x00\x42\x06\n\x04part\"?\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"@\n\x0b\x42\x65\x61tRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0f\n\x07leaving\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\"\x05\n\x03\x41\x63k2\xef\x03\n\nFederation\x12=\n\x05Greet\x12\x1a.fedsecure.v1.GreetRequest\x1a\x18.fedsecure.v1.GreetReply\x12:\n\x04Join\x12\x19.fedsecure.v1.JoinRequest\x1a\x17.fedsecure.v1.JoinReply\x12:\n\x04Next\x12\x19.fedsecure.v1.NextRequest\x1a\x17.fedsecure.v1.Directive\x12\x35\n\x04Send\x12\x1a.fedsecure.v1.PhaseMessage\x1a\x11.fedsecure.v1.Ack\x12\x37\n\x06Upload\x12\x18.fedsecure.v1.UploadPart\x1a\x11.fedsecure.v1.Ack(\x01\x12H\n\x0cUploadStatus\x12\x1a.fedsecure.v1.UploadHeader\x1a\x1c.fedsecure.v1.UploadProgress\x12:\n\x05\x46\x65tch\x12\x1a.fedsecure.v1.FetchRequest\x1a\x13.fedsecure.v1.Chunk0\x01\x12\x34\n\x04\x42\x65\x61t\x12\x19.fedsecure.v1.BeatRequest\x1a\x11.fedsecure.v1.Ackb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1d\x66\x65\x64secure/v1/federation.proto\x12\x0c\x66\x65\x64secure.v1\"D\n\x0cGreetRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x12\n\nfederation\x18\x02 \x01(\t\x12\x0e\n\x06newest\x18\x03 \x01(\r\"y\n\nGreetReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x15\n\rsettings_json\x18\x03 \x01(\t\x12\x0f\n\x07unix_ms\x18\x04 \x01(\x04\x12\x0f\n\x07waiting\x18\x05 \x01(\t\x12\x13\n\x0broster_hash\x18\x06 \x01(\x0c\"\x8c\x01\n\x0bJoinRequest\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0f\n\x07session\x18\x02 \x01(\x0c\x12\x13\n\x0broster_hash\x18\x03 \x01(\x0c\x12\x10\n\x08software\x18\x04 \x01(\t\x12\x12\n\nfederation\x18\x05 \x01(\t\x12\x0e\n\x06newest\x18\x06 \x01(\r\x12\x0f\n\x07request\x18\x07 \x01(\x0c\"A\n\tJoinReply\x12\x10\n\x08protocol\x18\x01 \x01(\r\x12\x0b\n\x03run\x18\x02 \x01(\x0c\x12\x15\n\rsettings_json\x18\x03 \x01(\t\"-\n\x0bNextRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\r\n\x05\x61\x66ter\x18\x02 \x01(\x04\"\x8d\x02\n\tDirective\x12\x10\n\x08sequence\x18\x01 \x01(\x04\x12\"\n\x04wait\x18\x02 \x01(\x0b\x32\x12.fedsecure.v1.WaitH\x00\x12 \n\x03\x61sk\x18\x03 \x01(\x0b\x32\x11.fedsecure.v1.AskH\x00\x12$\n\x05relay\x18\x04 \x01(\x0b\x32\x13.fedsecure.v1.RelayH\x00\x12$\n\x05\x61\x62ort\x18\x05 \x01(\x0b\x32\x13.fedsecure.v1.AbortH\x00\x12*\n\x08\x66inished\x18\x06 \x01(\x0b\x32\x16.fedsecure.v1.FinishedH\x00\x12(\n\x07prepare\x18\x07 \x01(\x0b\x32\x15.fedsecure.v1.PrepareH\x00\x42\x06\n\x04kind\"(\n\x04Wait\x12\x0e\n\x06reason\x18\x01 \x01(\t\x12\x10\n\x08position\x18\x02 \x01(\t\"-\n\x03\x41sk\x12\x12\n\nquery_json\x18\x01 \x01(\t\x12\x12\n\ndescriptor\x18\x02 \x01(\x0c\"\x1d\n\x07Prepare\x12\x12\n\ndescriptor\x18\x01 \x01(\x0c\"4\n\x05Relay\x12\x0b\n\x03\x63tx\x18\x01 \x01(\x0c\x12\r\n\x05phase\x18\x02 \x01(\t\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\"2\n\x05\x41\x62ort\x12\x0b\n\x03\x63tx\x18\x01 \x01(\x0c\x12\x0c\n\x04\x63ode\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\"\x98\x01\n\x08\x46inished\x12\x10\n\x08\x63omplete\x18\x01 \x01(\x08\x12\x14\n\x0csummary_json\x18\x02 \x01(\t\x12\x34\n\x07outputs\x18\x03 \x03(\x0b\x32#.fedsecure.v1.Finished.OutputsEntry\x1a.\n\x0cOutputsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x0c:\x02\x38\x01\"N\n\x0cPhaseMessage\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63tx\x18\x02 \x01(\x0c\x12\x0f\n\x07payload\x18\x03 \x01(\x0c\x12\x0f\n\x07request\x18\x04 \x01(\x0c\"[\n\x0cUploadHeader\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0b\n\x03\x63tx\x18\x02 \x01(\x0c\x12\x0e\n\x06header\x18\x03 \x01(\x0c\x12\x0c\n\x04size\x18\x04 \x01(\x04\x12\x0f\n\x07request\x18\x05 \x01(\x0c\"2\n\x0eUploadProgress\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x10\n\x08\x63omplete\x18\x02 \x01(\x08\"5\n\x05\x43hunk\x12\x0e\n\x06offset\x18\x01 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\x12\x0e\n\x06sha256\x18\x03 \x01(\x0c\"h\n\nUploadPart\x12,\n\x06header\x18\x01 \x01(\x0b\x32\x1a.fedsecure.v1.UploadHeaderH\x00\x12$\n\x05\x63hunk\x18\x02 \x01(\x0b\x32\x13.fedsecure.v1.ChunkH\x00\x42\x06\n\x04part\"?\n\x0c\x46\x65tchRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06offset\x18\x03 \x01(\x04\"@\n\x0b\x42\x65\x61tRequest\x12\x0f\n\x07session\x18\x01 \x01(\x0c\x12\x0f\n\x07leaving\x18\x02 \x01(\t\x12\x0f\n\x07request\x18\x03 \x01(\x0c\"\x05\n\x03\x41\x63k2\xef\x03\n\nFederation\x12=\n\x05Greet\x12\x1a.fedsecure.v1.GreetRequest\x1a\x18.fedsecure.v1.GreetReply\x12:\n\x04Join\x12\x19.fedsecure.v1.JoinRequest\x1a\x17.fedsecure.v1.JoinReply\x12:\n\x04Next\x12\x19.fedsecure.v1.NextRequest\x1a\x17.fedsecure.v1.Directive\x12\x35\n\x04Send\x12\x1a.fedsecure.v1.PhaseMessage\x1a\x11.fedsecure.v1.Ack\x12\x37\n\x06Upload\x12\x18.fedsecure.v1.UploadPart\x1a\x11.fedsecure.v1.Ack(\x01\x12H\n\x0cUploadStatus\x12\x1a.fedsecure.v1.UploadHeader\x1a\x1c.fedsecure.v1.UploadProgress\x12:\n\x05\x46\x65tch\x12\x1a.fedsecure.v1.FetchRequest\x1a\x13.fedsecure.v1.Chunk0\x01\x12\x34\n\x04\x42\x65\x61t\x12\x19.fedsecure.v1.BeatRequest\x1a\x11.fedsecure.v1.Ackb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -46,35 +46,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DIRECTIVE']._serialized_start=498
   _globals['_DIRECTIVE']._serialized_end=767
   _globals['_WAIT']._serialized_start=769
-  _globals['_WAIT']._serialized_end=791
-  _globals['_ASK']._serialized_start=793
-  _globals['_ASK']._serialized_end=838
-  _globals['_PREPARE']._serialized_start=840
-  _globals['_PREPARE']._serialized_end=869
-  _globals['_RELAY']._serialized_start=871
-  _globals['_RELAY']._serialized_end=923
-  _globals['_ABORT']._serialized_start=925
-  _globals['_ABORT']._serialized_end=975
-  _globals['_FINISHED']._serialized_start=978
-  _globals['_FINISHED']._serialized_end=1130
-  _globals['_FINISHED_OUTPUTSENTRY']._serialized_start=1084
-  _globals['_FINISHED_OUTPUTSENTRY']._serialized_end=1130
-  _globals['_PHASEMESSAGE']._serialized_start=1132
-  _globals['_PHASEMESSAGE']._serialized_end=1210
-  _globals['_UPLOADHEADER']._serialized_start=1212
-  _globals['_UPLOADHEADER']._serialized_end=1303
-  _globals['_UPLOADPROGRESS']._serialized_start=1305
-  _globals['_UPLOADPROGRESS']._serialized_end=1355
-  _globals['_CHUNK']._serialized_start=1357
-  _globals['_CHUNK']._serialized_end=1410
-  _globals['_UPLOADPART']._serialized_start=1412
-  _globals['_UPLOADPART']._serialized_end=1516
-  _globals['_FETCHREQUEST']._serialized_start=1518
-  _globals['_FETCHREQUEST']._serialized_end=1581
-  _globals['_BEATREQUEST']._serialized_start=1583
-  _globals['_BEATREQUEST']._serialized_end=1647
-  _globals['_ACK']._serialized_start=1649
-  _globals['_ACK']._serialized_end=1654
-  _globals['_FEDERATION']._serialized_start=1657
-  _globals['_FEDERATION']._serialized_end=2152
+  _globals['_WAIT']._serialized_end=809
+  _globals['_ASK']._serialized_start=811
+  _globals['_ASK']._serialized_end=856
+  _globals['_PREPARE']._serialized_start=858
+  _globals['_PREPARE']._serialized_end=887
+  _globals['_RELAY']._serialized_start=889
+  _globals['_RELAY']._serialized_end=941
+  _globals['_ABORT']._serialized_start=943
+  _globals['_ABORT']._serialized_end=993
+  _globals['_FINISHED']._serialized_start=996
+  _globals['_FINISHED']._serialized_end=1148
+  _globals['_FINISHED_OUTPUTSENTRY']._serialized_start=1102
+  _globals['_FINISHED_OUTPUTSENTRY']._serialized_end=1148
+  _globals['_PHASEMESSAGE']._serialized_start=1150
+  _globals['_PHASEMESSAGE']._serialized_end=1228
+  _globals['_UPLOADHEADER']._serialized_start=1230
+  _globals['_UPLOADHEADER']._serialized_end=1321
+  _globals['_UPLOADPROGRESS']._serialized_start=1323
+  _globals['_UPLOADPROGRESS']._serialized_end=1373
+  _globals['_CHUNK']._serialized_start=1375
+  _globals['_CHUNK']._serialized_end=1428
+  _globals['_UPLOADPART']._serialized_start=1430
+  _globals['_UPLOADPART']._serialized_end=1534
+  _globals['_FETCHREQUEST']._serialized_start=1536
+  _globals['_FETCHREQUEST']._serialized_end=1599
+  _globals['_BEATREQUEST']._serialized_start=1601
+  _globals['_BEATREQUEST']._serialized_end=1665
+  _globals['_ACK']._serialized_start=1667
+  _globals['_ACK']._serialized_end=1672
+  _globals['_FEDERATION']._serialized_start=1675
+  _globals['_FEDERATION']._serialized_end=2170
 # @@protoc_insertion_point(module_scope)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import IO
 
@@ -90,22 +92,59 @@ def test_a_state_that_is_too_large_is_not_sent(monkeypatch: pytest.MonkeyPatch):
 
 def test_an_error_of_the_child_comes_back_in_its_own_words(features: Path):
     # The aggregator names no feature file, so the child cannot have the class texts.
-    with pytest.raises(RunError, match="FS-1721.*FS-1640"):
+    with pytest.raises(RunError, match="FS-1721.*FS-1640") as caught:
         outcome(start(settings_of(features), None))
+    assert not isinstance(caught.value.__cause__, OSError), "no other machine would do better"
 
 
 def test_a_child_that_fails_is_an_error_and_its_trace_is_in_the_log(features: Path, caplog: pytest.LogCaptureFixture):
     # The linear method has nothing to compute.
-    with pytest.raises(RunError, match="FS-1721.*status 1"):
+    with pytest.raises(RunError, match="FS-1721.*status 1") as caught:
         outcome(start(settings_of(features), features))
     assert "AttributeError" in caplog.text
+    assert not isinstance(caught.value.__cause__, OSError)
 
 
 def test_a_killed_child_is_an_error(features: Path):
     worker = start(settings_of(features), features)
     worker._process.kill()
-    with pytest.raises(RunError, match="FS-1721.*signal 9"):
+    with pytest.raises(RunError, match="FS-1721.*signal 9") as caught:
         outcome(worker)
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+def test_a_child_without_room_for_its_answer_is_an_error_of_the_machine(
+    features: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    with ExitStack() as stack:
+        answer = stack.enter_context(open("/dev/full", "r+b", buffering=0))
+        files = iter([answer, *(stack.enter_context(tempfile.TemporaryFile()) for _ in range(2))])
+        monkeypatch.setattr("fedsecure.aggregator.step_worker._nameless", lambda: next(files))
+        with pytest.raises(RunError, match="FS-1721.*no room") as caught:
+            outcome(start(settings_of(features), None))
+    assert isinstance(caught.value.__cause__, OSError)
+    assert "No space left" in caplog.text
+
+
+@pytest.mark.parametrize("opened", [0, 1, 2])
+def test_no_room_for_the_question_is_an_error_of_the_machine(
+    features: Path, monkeypatch: pytest.MonkeyPatch, opened: int
+):
+    files: list[IO[bytes]] = []
+    nameless = tempfile.TemporaryFile
+
+    def full() -> IO[bytes]:
+        if len(files) == opened:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        files.append(nameless())
+        return files[-1]
+
+    monkeypatch.setattr("fedsecure.aggregator.step_worker._nameless", full)
+    with pytest.raises(RunError, match="FS-1721.*No space left") as caught:
+        start(settings_of(features), features)
+    assert isinstance(caught.value.__cause__, OSError)
+    assert len(files) == opened
+    assert all(file.closed for file in files)
 
 
 def test_a_child_that_takes_too_long_is_ended(features: Path):

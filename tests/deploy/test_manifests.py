@@ -15,6 +15,8 @@ import pytest
 import yaml
 from chart_rendering import Chart
 
+from fedsecure.aggregator.step_worker import MAX_BYTES
+
 ROOT = Path(__file__).resolve().parents[2]
 COMPOSE = ROOT / "deploy" / "compose" / "compose.yaml"
 CHART = ROOT / "deploy" / "helm" / "fedsecure"
@@ -183,6 +185,20 @@ def test_helm_has_no_complaint(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout
 
 
+UNITS = {"m": 1 << 20, "g": 1 << 30, "Mi": 1 << 20, "Gi": 1 << 30}
+
+
+def size_of(text: str) -> int:
+    number, unit = re.findall(r"^(\d+)(\w+)$", text)[0]
+    return int(number) * UNITS[unit]
+
+
+def test_a_pods_tmp_holds_the_largest_state_and_its_memory_holds_both() -> None:
+    pod = of_kind("StatefulSet", GIVEN)["spec"]["template"]["spec"]
+    (tmp,) = [size_of(volume["emptyDir"]["sizeLimit"]) for volume in pod["volumes"] if volume["name"] == "tmp"]
+    assert MAX_BYTES < tmp < size_of(pod["containers"][0]["resources"]["limits"]["memory"])
+
+
 # --- compose ------------------------------------------------------------------------------------------------------
 
 STACK = yaml.safe_load(COMPOSE.read_text())
@@ -202,6 +218,13 @@ def test_each_service_is_hardened(name: str) -> None:
     # The aggregator's own is in its image; a backup ends by itself.
     assert "healthcheck" in service or name in ("aggregator", "backup")
     assert (service["restart"] == "no") == (name == "backup")
+
+
+def test_the_aggregators_tmp_holds_the_largest_state_and_its_memory_holds_both() -> None:
+    service = STACK["services"]["aggregator"]
+    (mount,) = service["tmpfs"]
+    (tmp,) = [size_of(text) for text in re.findall(r"[:,]size=(\w+)", mount)]
+    assert MAX_BYTES < tmp < size_of(service["mem_limit"])
 
 
 def test_only_the_sites_door_is_open_and_the_database_is_inside() -> None:

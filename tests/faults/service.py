@@ -165,7 +165,7 @@ class Host:
                 continue
             if found is None and self.stage.now >= call.waits_until:
                 assert self.core is not None
-                found = pb.Directive(wait=pb.Wait(reason=self.core.reason(self.stage.now)))
+                found = self.core.wait(request.session, self.stage.now)
             if found is not None:
                 self.parked.remove(call)
                 self.network.reply(call, self.stage.now, found)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -259,22 +261,36 @@ def test_the_sum_is_on_disk_before_the_computation_and_polls_are_answered_meanwh
     assert seen["polls"] >= 5
 
 
-def test_a_computation_that_dies_ends_the_run_with_its_sum_kept(tmp_path: Path, monkeypatch):
+@pytest.mark.parametrize(("harm", "code"), [("killed", "FS-1721"), ("no room", "FS-1721"), ("slow", "FS-1722")])
+def test_a_computation_that_the_machine_fails_is_done_again_by_the_next_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, code: str
+):
     world = world_of(tmp_path, rounds=1)
     original = StepWorker.poll
 
-    def killed(self: StepWorker, now: float) -> Any:
-        self._process.kill()
-        return original(self, now)
+    def poll(self: StepWorker, now: float) -> Any:
+        if harm == "killed":
+            self._process.kill()
+        return original(self, now if harm == "killed" else self._deadline)
 
-    monkeypatch.setattr(StepWorker, "poll", killed)
-    world.start()
-    world.run(*(world.take_part(name) for name in world.names))
-    outcome = world.coordinator.outcome
-    assert outcome is not None
-    assert (outcome["complete"], outcome["code"]) == (False, "FS-1721")
+    def full() -> Any:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StepWorker, "poll", poll)
+        if harm == "no room":
+            patch.setattr("fedsecure.aggregator.step_worker._nameless", full)
+        core = world.start()
+        world.run(*(world.take_part(name) for name in world.names))
+    assert core.failure is not None
+    assert (core.failure.code, core.failure.final) == (code, False)
     assert "class_gradients" in saved_tensors(world)
-    assert {error.code for error in world.errors.values()} == {"FS-1709"}  # type: ignore[attr-defined]
+    assert {error.code for error in world.errors.values()} == {"FS-1501"}  # type: ignore[attr-defined]
+    world.errors.clear()
+    outcome = run_whole(world)
+    assert outcome["complete"]
+    assert [attempt["method"] for attempt in outcome["attempts"]] == ["evaluate", "clip2fl", "evaluate"]
+    assert "class_gradients" not in saved_tensors(world)
 
 
 def test_an_aggregator_without_the_texts_says_so(tmp_path: Path):
@@ -285,6 +301,8 @@ def test_an_aggregator_without_the_texts_says_so(tmp_path: Path):
     world.run(*(world.take_part(name) for name in world.names))
     assert core.outcome is not None
     assert "FS-1640" in core.outcome["error"]
+    assert core.failure is not None
+    assert core.failure.final, "the next process would have no texts either"
 
 
 def test_an_aggregator_with_the_texts_of_other_classes_says_so(tmp_path: Path):

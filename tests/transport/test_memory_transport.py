@@ -25,8 +25,8 @@ class Quiet:
     def send(self, site: str, message: Any, now: float) -> None:
         self.news = pb.Directive(wait=pb.Wait(reason="news"))
 
-    def reason(self, now: float) -> str:
-        return "nothing"
+    def wait(self, token: bytes, now: float) -> pb.Directive:
+        return pb.Directive(wait=pb.Wait(reason="nothing"))
 
 
 def ends(core: Quiet, count: int) -> list[MemoryTransport]:
