@@ -4,7 +4,8 @@ A process of its own, started by :mod:`benchmarks.aggregator_case` with one JSON
 all sites have the result of a round, and one with the latencies at the end. What a site computes stands in
 :mod:`benchmarks.aggregator_sites`; all that it says, polls, beats, fetches and uploads goes over its own channel. All
 sites act as soon as they are told, so a latency holds the wait behind the others, on both sides. A call whose
-connection breaks is made again, as the released site does it, and counted.
+connection breaks is made again, as the released site does it, and counted. Requests carry the ids, and chunks the
+hashes, that the released site's do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from benchmarks.aggregator_sites import Rehearsal, SparingClient, basis
-from fedsecure.aggregator.admission import PROTOCOL
+from fedsecure.aggregator.answers import ID_BYTES
 from fedsecure.identity import keys
 from fedsecure.identity.provision import Identity, load_identity
 from fedsecure.messages import Query
@@ -35,6 +36,7 @@ from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.latch import MemoryLatch
 from fedsecure.transport.base import CHUNK_BYTES
 from fedsecure.transport.tls import KEEPALIVE, LIMITS, channel_credentials, grpc
+from fedsecure.transport.versions import OURS
 from fedsecure.wire import federation_pb2 as pb
 from fedsecure.wire import federation_pb2_grpc as rpc
 
@@ -128,11 +130,7 @@ class Site:
         address, credentials = self._board.plan.address, channel_credentials(self._identity)
         async with grpc.aio.secure_channel(address, credentials, options=[*LIMITS, *KEEPALIVE]) as channel:
             self._stub: Any = rpc.FederationStub(channel)
-            request = pb.JoinRequest(
-                protocol=PROTOCOL, session=self._token, roster_hash=self._identity.roster.hash, software="benchmark"
-            )
-            async with self._board.joining:
-                await self._board.persistent(lambda: self._stub.Join(request, timeout=PATIENCE))
+            await self._join()
             beating = asyncio.create_task(self._beat())
             try:
                 await self._listen()
@@ -140,6 +138,18 @@ class Site:
                 beating.cancel()
                 with suppress(asyncio.CancelledError, grpc.RpcError):
                     await beating
+
+    async def _join(self) -> None:
+        request = pb.JoinRequest(
+            protocol=OURS.lowest,
+            newest=OURS.highest,
+            session=self._token,
+            roster_hash=self._identity.roster.hash,
+            software="benchmark",
+            request=fresh_id(),
+        )
+        async with self._board.joining:
+            await self._board.persistent(lambda: self._stub.Join(request, timeout=PATIENCE))
 
     async def _beat(self) -> None:
         request = pb.BeatRequest(session=self._token)
@@ -204,7 +214,7 @@ class Site:
             self._board.result(relay.ctx, client.finished(relay.payload), len(query.cohort))
 
     async def _send(self, payload: bytes) -> None:
-        message = pb.PhaseMessage(session=self._token, ctx=self._ctx, payload=payload)
+        message = pb.PhaseMessage(session=self._token, ctx=self._ctx, payload=payload, request=fresh_id())
         await self._board.timed("send", lambda: self._stub.Send(message, timeout=PATIENCE))
 
     async def _fetch(self, digest: bytes) -> int:
@@ -214,15 +224,23 @@ class Site:
     async def _upload(self, client: SecAggClient | SparingClient, vector: Any) -> None:
         masked = client.mask(vector)
         size = len(masked.payload)
-        header = pb.UploadHeader(session=self._token, ctx=self._ctx, header=masked.header, size=size)
+        header = pb.UploadHeader(
+            session=self._token, ctx=self._ctx, header=masked.header, size=size, request=fresh_id()
+        )
 
         async def parts() -> AsyncIterator[pb.UploadPart]:
             yield pb.UploadPart(header=header)
             for offset in range(0, size, CHUNK_BYTES):
                 data = bytes(masked.payload[offset : offset + CHUNK_BYTES])
-                yield pb.UploadPart(chunk=pb.Chunk(offset=offset, data=data))
+                digest = hashlib.sha256(data).digest()
+                yield pb.UploadPart(chunk=pb.Chunk(offset=offset, data=data, sha256=digest))
 
         await self._board.timed("upload", lambda: self._stub.Upload(parts(), timeout=PATIENCE))
+
+
+def fresh_id() -> bytes:
+    """Of a request that changes something: made again with the same id, it is done once."""
+    return os.urandom(ID_BYTES)
 
 
 def identities(folder: Path) -> list[Identity]:

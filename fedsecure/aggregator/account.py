@@ -103,11 +103,18 @@ class Account:
         self.tell("attempt-opened", **self._open)
 
     def summed(
-        self, survivors: tuple[str, ...], progress: Progress, *, seconds: float, suspects: Mapping[str, Any]
+        self,
+        survivors: tuple[str, ...],
+        progress: Progress,
+        *,
+        seconds: float,
+        suspects: Mapping[str, Any],
+        epsilon: float | None,
     ) -> None:
         """The attempt in progress gave its sum, and ``progress`` is the state after it.
 
         ``suspects`` stand in the database only: who may have lied is for the operator, and no part of the summary.
+        ``epsilon``, planned so far, is told only.
 
         Raises:
             RunError: FS-1717 the sum ruins the model: the run ends here, instead of at every site.
@@ -121,7 +128,7 @@ class Account:
         where = {"round": self.round, "attempt": self.attempt, "stage": record["stage"]}
         told = {**where, **outcome, "seconds": seconds, "suspects": dict(suspects), **self._carried()}
         self.tell("attempt-summed", **told)
-        self.tell("round-saved", round=self.round, stage=progress.stage, step=progress.state.step)
+        self._tell_saved(self.round, progress, epsilon)
         if record["stage"] != "training":
             self.tell("evaluated", stage=record["stage"], **progress.evaluations[record["stage"]])
         self.round, self.attempt = self.round + 1, 0
@@ -139,13 +146,13 @@ class Account:
         self.tell("attempt-aborted", **where, code=code, reason=reason, seconds=seconds, **self._carried())
         self.attempt += 1
 
-    def computed(self, progress: Progress) -> None:
+    def computed(self, progress: Progress, *, epsilon: float | None) -> None:
         """The method's own work is done; raises as :meth:`summed`."""
         self._check(RunState.WAITING)
         self._check_finite(progress)
         self.store.computed(progress, round=self.round)
         self.state = RunState.WAITING
-        self.tell("round-saved", round=self.round - 1, stage=progress.stage, step=progress.state.step)
+        self._tell_saved(self.round - 1, progress, epsilon)
 
     def end(self, outcome: Mapping[str, Any]) -> None:
         """The run is over for good."""
@@ -163,6 +170,10 @@ class Account:
             "attempts": self.attempts,
             "evaluations": {stage: dict(facts) for stage, facts in progress.evaluations.items()},
         }
+
+    def _tell_saved(self, round: int, progress: Progress, epsilon: float | None) -> None:
+        planned = {} if epsilon is None else {"epsilon": epsilon}
+        self.tell("round-saved", round=round, stage=progress.stage, step=progress.state.step, **planned)
 
     def _check(self, state: RunState) -> None:
         assert state in FOLLOWING[self.state], f"{state} cannot follow {self.state}"

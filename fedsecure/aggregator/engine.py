@@ -243,7 +243,8 @@ class Engine:
                 raise alarm.error()
             odd["alarm"] = alarm.error().found
         progress = self.schedule.absorb(self.progress, decode(attempt.query, step.result))
-        self.account.summed(survivors, progress, seconds=seconds, suspects=odd)
+        epsilon = self.schedule.planned_epsilon(progress)
+        self.account.summed(survivors, progress, seconds=seconds, suspects=odd, epsilon=epsilon)
         self.attempt, self.progress, self.waiting_since = None, progress, now
         self.sessions.relay(ctx, step.phase, step.relays)
         self._left_out(cohort, survivors, ctx, reason="the round ended without this site")
@@ -268,7 +269,7 @@ class Engine:
             return False
         self.worker = None
         progress = replace(self.progress, state=state)
-        self.account.computed(progress)
+        self.account.computed(progress, epsilon=self.schedule.planned_epsilon(progress))
         self.progress, self.waiting_since = progress, now
         return True
 

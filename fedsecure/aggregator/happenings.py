@@ -26,7 +26,7 @@ Kind = Literal[
     "phase-closed",  # round, attempt, phase: the one that begins
     "attempt-summed",  # round, attempt, stage, survivors, seconds, bytes_up, bytes_down; suspects where somebody lied
     "attempt-aborted",  # round, attempt, stage, code, reason, seconds, bytes_up, bytes_down
-    "round-saved",  # round, stage, step: the state after a sum is on disk
+    "round-saved",  # round, stage, step: the state after a sum is on disk; epsilon: planned so far, at full batch
     "evaluated",  # stage, and the evaluation's released figures
     "alarm",  # code, reason: something is odd, and the run goes on
 ]

@@ -1,7 +1,7 @@
 """What one site may take of the aggregator at a time, so that no site starves the others. No clock: time comes in.
 
 Before a caller is known only TLS and the operating system bound anything (:mod:`fedsecure.transport.tls`); these bounds
-hold for each site that its certificate has named.
+hold for each site that its certificate has named, and for all together whose certificate names none.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ CALLS_A_SECOND = 100.0
 BURST = 500.0
 # Refusals held back at a time, for each site: who floods waits for his answers.
 MAX_HELD = 32
+# Who shares one bucket because no roster names him; a site's name is never empty.
+STRANGERS = ""
 # As many connections as one machine can keep half open within a handshake's time, and more than any federation has.
 MAX_FILES = 65_536
 
@@ -60,7 +62,7 @@ class Share:
 
 
 class Limits:
-    """The shares of all sites; one entry for each site of the roster that has ever called."""
+    """The shares of all sites; one entry for each site of the roster that has ever called, and one for all others."""
 
     def __init__(self) -> None:
         self._shares: dict[str, Share] = {}
@@ -95,6 +97,13 @@ class Limits:
 
     def leave(self, site: str) -> None:
         self._shares[site].calls -= 1
+
+    def turn_away(self, now: float) -> bool:
+        """Whether a call of who is no member, or none any more, is one too many in a time.
+
+        All of them together have the rate of one site: each will be refused, and certificates are cheap to collect.
+        """
+        return not self._shares.setdefault(STRANGERS, Share(Bucket.full(now))).bucket.take(now)
 
     @contextmanager
     def fetching(self, site: str) -> Iterator[None]:
@@ -144,4 +153,4 @@ def allow_connections(most: int = MAX_FILES) -> int:
     return most if soft == resource.RLIM_INFINITY else soft
 
 
-__all__ = ["Bucket", "Limits", "allow_connections"]
+__all__ = ["STRANGERS", "Bucket", "Limits", "allow_connections"]

@@ -12,7 +12,7 @@ from typing import Any, cast
 from fedsecure.config import RunSettings
 from fedsecure.messages import Aggregate
 from fedsecure.methods.agenda import evaluates
-from fedsecure.methods.base import Ask, ComputingMethod, Method, ServerState
+from fedsecure.methods.base import Ask, ComputingMethod, Method, ServerState, TrainingMethod
 from fedsecure.methods.cohorts import cohort_of
 
 STAGES = ("before", "training", "after", "done")
@@ -32,7 +32,7 @@ class Schedule:
     """The questions of one run."""
 
     settings: RunSettings
-    method: Method
+    method: TrainingMethod
     evaluate: Method
     _asked: list[tuple[Progress, Ask | None]] = field(default_factory=list, compare=False, repr=False)
 
@@ -68,6 +68,14 @@ class Schedule:
         evaluations = {**progress.evaluations, progress.stage: dict(counted.facts)}
         following = STAGES[STAGES.index(progress.stage) + 1]
         return self._skip(replace(progress, stage=following, evaluations=evaluations))
+
+    def planned_epsilon(self, progress: Progress) -> float | None:
+        """What the plan has a training site pay for the rounds that are done
+        (:meth:`~fedsecure.privacy.plan.PrivacyPlan.epsilon_after`); None in a run without privacy."""
+        if self.settings.privacy.no_privacy:
+            return None
+        _, cohort = cohort_of(self.settings, trainers_only=True)
+        return self.method.plan(self.settings, cohort).epsilon_after(progress.state.step)
 
     def due(self, progress: Progress) -> bool:
         """Whether the method has something to compute before the next question, or before the end."""

@@ -21,7 +21,7 @@ from fedsecure.aggregator.answers import Answers
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.health import add_to
 from fedsecure.aggregator.house import House
-from fedsecure.aggregator.limits import Limits, allow_connections
+from fedsecure.aggregator.limits import STRANGERS, Limits, allow_connections
 from fedsecure.aggregator.parsing import Parsing, unreadable
 from fedsecure.aggregator.refusals import Refusals
 from fedsecure.aggregator.uploads import Partial, Uploads, next_part
@@ -39,6 +39,8 @@ POLL_SECONDS = 10.0
 TICK_SECONDS = 0.25
 # After a failure of this machine's disk or database a call may come again.
 _MENDED_SECONDS = 2.0
+# How long one refusal too many waits of who is no member: nothing asks him to come again.
+_STRANGER_SECONDS = 1.0
 _Context = grpc.aio.ServicerContext[Any, Any]
 log = logging.getLogger("fedsecure.aggregator")
 
@@ -256,14 +258,17 @@ class _Call:
     def __init__(self, service: Service, context: _Context) -> None:
         self._service = service
         self._context = context
-        self._site = ""
+        self._site = STRANGERS
         self._entered = False
+        self._held_back = False
 
     async def __aenter__(self) -> str:
+        limits, now = self._service._limits, time.monotonic()
         try:
             self._site = self._service._caller(self._context)
-            self._service._limits.enter(self._site, time.monotonic())
+            limits.enter(self._site, now)
         except Exception as error:
+            self._held_back = self._site == STRANGERS and limits.turn_away(now)
             await self._decline(error)
         self._entered = True
         return self._site
@@ -307,10 +312,11 @@ class _Call:
                 log.warning("a refusal is not in the audit log: %s", worse)
         if error.code in RETRY_AFTER:
             code = grpc.StatusCode.RESOURCE_EXHAUSTED
+        if error.code in RETRY_AFTER or self._held_back:
             # Whoever does not wait as he is asked to waits here, so that a flood is as slow as its answers.
             with service._limits.holding(self._site) as held:
                 if held:
-                    await asyncio.sleep(RETRY_AFTER[error.code])
+                    await asyncio.sleep(RETRY_AFTER.get(error.code, _STRANGER_SECONDS))
         await self._context.abort(code, to_details(error, again=again))
         raise AssertionError("abort raises")
 
@@ -338,7 +344,7 @@ async def start(
             expected="a free port of an address of this machine",
             cure="stop what uses it (`ss -ltnp`), or change `listen`",
         )
-    health = add_to(server, admit=service._caller)
+    health = add_to(server, call=service._call, admit=service._caller)
     await server.start()
     health.set(True)
     return server, service, port

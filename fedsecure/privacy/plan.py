@@ -115,6 +115,17 @@ class PrivacyPlan:
             rounds, self.last_rounds + max(0, rounds - self.asked)
         )
 
+    def epsilon_after(self, rounds: int) -> float | None:
+        """ε(δ) of the run's first ``rounds`` rounds with no attempt that fails, of a site that is asked whenever it can
+        be, against the aggregator with at most c sites; ``None`` where the steps are sampled.
+
+        Composing sampled steps takes seconds, and whoever follows a run asks in every round.
+        """
+        if accounting.accountant(self.round_events) != "gdp":
+            return None
+        done = range(max(0, rounds - self.asked), rounds)
+        return accounting.epsilon((event for step in done for event in self.events_at(step)), delta=self.delta)
+
     def table(self) -> list[tuple[str, str]]:
         """Rows of label and value for printing."""
         places = {"distributed": "shared by the sites, inside the secure sum", "local": "whole at each site"}

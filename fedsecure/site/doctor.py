@@ -1,8 +1,9 @@
 """``fedsecure doctor``: whatever a site needs for a run, tried in order and each by itself, before any run.
 
-From the site's file and keys over the line to the aggregator to disk, packages, records and budget. What fails says how
-to mend it; what rests on something that failed is not tried. Nothing is charged, no record's content is read, and the
-findings name no record, so that they can be sent to whoever helps.
+From the site's file and keys over the line to the aggregator to disk, packages, records and budget; what needs no
+aggregator is tried without one. What fails says how to mend it; what rests on something that failed is not tried.
+Nothing is charged, no record's content is read, and the findings name no record, so that they can be sent to whoever
+helps.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from time import time as wall_clock
 from typing import Literal
 
 from fedsecure.config import DatasetConfig, RunSettings, SiteConfig, SiteEntry, load
-from fedsecure.data.loading import open_dataset
+from fedsecure.data.loading import detect_format, open_dataset
 from fedsecure.errors import EnvironmentProblem, FedsecureError, IdentityError
 from fedsecure.extras import require
 from fedsecure.files import make_folder
@@ -100,6 +101,7 @@ class Examination:
     identity: Identity
     address: Address
     handshake: Handshake
+    reply: pb.GreetReply
     settings: RunSettings
     entry: SiteEntry
     run: bytes
@@ -140,15 +142,19 @@ class Examination:
         text = "the aggregator's, as the roster names it"
         return _until(self.handshake.expires, text, "tell the operator to have it renewed before that")
 
-    def aggregator(self) -> str:
+    def greeting(self) -> str:
         line = GrpcTransport(str(self.address), self.identity, connect_seconds=self.seconds, call_seconds=self.seconds)
         try:
             before = wall_clock()
-            reply = line.greet(pb.GreetRequest(protocol=PROTOCOL))
+            self.reply = line.greet(pb.GreetRequest(protocol=PROTOCOL))
             # The reply was made about half way between question and answer.
-            self.ahead = (before + wall_clock()) / 2 - reply.unix_ms / 1000
+            self.ahead = (before + wall_clock()) / 2 - self.reply.unix_ms / 1000
         finally:
             line.close()
+        return f"answered, in version {self.reply.protocol} of the protocol"
+
+    def aggregator(self) -> str:
+        reply = self.reply
         self._check_reply(reply)
         self.settings, self.run = RunSettings.parse(reply.settings_json), bytes(reply.run)
         self.entry = entry_of(self.settings, self.config.site)
@@ -215,6 +221,24 @@ class Examination:
             return f"{torch.cuda.get_device_name(chosen)}, {room / 1e9:.0f} GB"
         return f"{chosen}, {torch.get_num_threads()} threads"
 
+    # --- the records and their ledger, without any run --------------------------------------------------------------
+
+    def datasets(self) -> str:
+        sections = [section for section in (self.config.train, self.config.evaluation) if section is not None]
+        return ", ".join(f"{section.name}: {detect_format(section.path)}" for section in sections) or "none"
+
+    def ledger(self) -> str:
+        file, limits, train = self.config.ledger, self.config.policy, self.config.train
+        if not file.exists():
+            # The first run makes it, not an examination.
+            return f"none yet, so nothing of ε {limits.max_epsilon:g} is spent"
+        with Ledger.open_existing(file) as ledger:
+            text = f"{ledger.verify()} rows of an unbroken chain"
+            if train is None:
+                return text
+            spent = ledger.epsilon(train.name, "train", limits.delta)
+        return f"{text}; {train.name} has spent ε {spent:.2f} of {limits.max_epsilon:g}"
+
     # --- the run --------------------------------------------------------------------------------------------------
 
     def encoder(self) -> str:
@@ -258,13 +282,10 @@ class Examination:
         config, settings = self.config, self.settings
         plan = checked_plan(settings, load_training_method(settings.method.name))
         with tempfile.TemporaryDirectory() as folder:
-            # The first run makes the ledger, not an examination.
             file = config.ledger if config.ledger.exists() else Path(folder) / "ledger.db"
             with Ledger(file) as ledger:
-                rows = ledger.verify()
                 after = check_budget(settings, plan, config=config, ledger=ledger, run=self.run)
-        kept = f"{rows} rows of an unbroken chain" if config.ledger.exists() else "no ledger yet"
-        return f"{kept}; this run would take ε to {after:.2f} of {config.policy.max_epsilon:g}"
+        return f"this run would take ε to {after:.2f} of {config.policy.max_epsilon:g}"
 
 
 CHECKS = (
@@ -274,16 +295,19 @@ CHECKS = (
     Check("port", ("name",), Examination.port),
     Check("TLS", ("port", "keys"), Examination.tls),
     Check("certificate", ("TLS",), Examination.certificate),
-    Check("aggregator", ("TLS",), Examination.aggregator),
-    Check("clock", ("aggregator",), Examination.clock),
+    Check("greeting", ("TLS",), Examination.greeting),
+    Check("aggregator", ("greeting",), Examination.aggregator),
+    Check("clock", ("greeting",), Examination.clock),
     Check("disk", ("configuration",), Examination.disk),
     Check("packages", (), Examination.packages),
     Check("device", ("configuration", "packages"), Examination.device),
+    Check("data sets", ("configuration",), Examination.datasets),
+    Check("ledger", ("configuration", "disk"), Examination.ledger),
     Check("encoder", ("aggregator", "device"), Examination.encoder),
-    Check("training data", ("aggregator",), Examination.training),
-    Check("evaluation data", ("aggregator",), Examination.evaluation),
+    Check("training data", ("aggregator", "data sets"), Examination.training),
+    Check("evaluation data", ("aggregator", "data sets"), Examination.evaluation),
     Check("limits", ("aggregator",), Examination.limits),
-    Check("budget", ("aggregator", "disk"), Examination.budget),
+    Check("budget", ("aggregator", "ledger"), Examination.budget),
 )
 
 

@@ -62,6 +62,15 @@ def test_a_flood_of_short_calls_is_bounded_and_its_neighbour_is_not() -> None:
     limits.enter("b", 1.0)
 
 
+def test_all_who_are_no_members_share_the_rate_of_one_site() -> None:
+    limits = Limits()
+    assert [limits.turn_away(1.0) for _ in range(int(module.BURST) + 1)] == [False] * int(module.BURST) + [True]
+    assert not limits.turn_away(1.1)
+    limits.enter("a", 1.0)
+    with limits.holding(module.STRANGERS) as held:
+        assert held
+
+
 def test_downloads_and_held_refusals_are_bounded() -> None:
     limits = Limits()
     limits.enter("a", 0.0)

@@ -73,6 +73,11 @@ def test_a_run_trains_charges_and_reports(tmp_path: Path, adapter: str, noise: s
     assert outcome["complete"]
     assert outcome["rounds"] == world.rounds
     assert all(a["survivors"] == world.names for a in outcome["attempts"])
+    told = [(h.facts["step"], h.facts["epsilon"]) for h in world.happened if h.kind == "round-saved"]
+    assert dict(told).keys() == set(range(world.rounds + 1))
+    assert [epsilon for _, epsilon in told] == sorted(epsilon for _, epsilon in told)
+    assert told[0] == (0, 0.0)
+    assert all(told[-1][1] == pytest.approx(world.reports[name]["epsilon"]) for name in world.names)
     before, after = (outcome["evaluations"][stage]["accuracy"] for stage in ("before", "after"))
     assert after > before or adapter == "facmic"
     for name in world.names:

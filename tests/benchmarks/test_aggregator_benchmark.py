@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import json
 import os
@@ -9,6 +10,7 @@ import subprocess
 import sys
 from fractions import Fraction
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,19 @@ import pytest
 
 from fedsecure.errors import ProtocolError
 from fedsecure.identity import keys
+from fedsecure.identity.provision import load_identity, provision
 from fedsecure.identity.roster import Roster, RosterEntry
 from fedsecure.messages import Query, Segment
+from fedsecure.secagg.client import MaskedInput
 from fedsecure.secagg.descriptor import RoundDescriptor
 from fedsecure.secagg.server import SecAggServer
 from fedsecure.secagg.spool import MemorySpool
 from fedsecure.secagg.thresholds import Mode
+from fedsecure.site.line import Line
+from fedsecure.transport.base import CHUNK_BYTES
+from fedsecure.transport.channel import GrpcTransport
+from fedsecure.transport.versions import OURS
+from fedsecure.wire import federation_pb2 as pb
 
 ROOT = Path(__file__).resolve().parents[2]
 LENGTH = 200
@@ -37,6 +46,75 @@ def sites(monkeypatch: pytest.MonkeyPatch) -> Any:
     from benchmarks import aggregator_sites
 
     return aggregator_sites
+
+
+@pytest.fixture
+def driver(sites: Any) -> Any:
+    """The module of the sites' lines, of the same package."""
+    from benchmarks import aggregator_driver
+
+    return aggregator_driver
+
+
+class Stub:
+    """In the place of gRPC's: what is sent, by call."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, list[Any]] = {}
+
+    def __getattr__(self, call: str) -> Any:
+        def record(request: Any, *, timeout: float) -> Any:
+            self.sent.setdefault(call, []).extend([request] if call != "Upload" else request)
+            return pb.JoinReply(protocol=OURS.highest)
+
+        return record
+
+
+class AsyncStub(Stub):
+    def __getattr__(self, call: str) -> Any:
+        async def record(request: Any, *, timeout: float) -> None:
+            self.sent.setdefault(call, []).extend([request] if call != "Upload" else [part async for part in request])
+
+        return record
+
+
+def shape(message: Any) -> Any:
+    """The fields that a message sets, and those of messages in it."""
+    return {field.name: shape(value) if field.message_type else None for field, value in message.ListFields()}
+
+
+def test_the_driver_sends_what_the_released_site_sends(driver: Any, tmp_path: Path) -> None:
+    """Ids of requests, hashes of chunks and versions among it, so that the aggregator does for them what it does."""
+    provision(tmp_path, federation="load", sites={"site-1": "train"}, hosts=("localhost",))
+    identity = load_identity(tmp_path / "sites" / "site-1" / "identity")
+    masked = MaskedInput(b"header", memoryview(os.urandom(2 * CHUNK_BYTES + 8)), bytes(32))
+    transport, released = GrpcTransport("localhost:1", identity, connect_seconds=1.0), Stub()
+    transport._stub = released
+    line = Line(transport, wait_seconds=1.0, progress=lambda moment: None)
+    line.join(identity.roster.hash)
+    for _ in range(2):
+        line.send(b"ctx", b"payload")
+    line.upload(b"ctx", masked)
+    line.close()
+
+    site = driver.Site(driver.Board(driver.Plan("", "", released=False, warm_up=0), b""), identity)
+    site._stub, site._ctx = AsyncStub(), b"ctx"
+
+    async def drive() -> None:
+        await site._join()
+        for _ in range(2):
+            await site._send(b"payload")
+        await site._upload(SimpleNamespace(mask=lambda vector: vector), masked)
+
+    asyncio.run(drive())
+    driven = site._stub.sent
+    assert {call: [shape(message) for message in messages] for call, messages in driven.items()} == {
+        call: [shape(message) for message in messages] for call, messages in released.sent.items()
+    }
+    ids = [message.request for message in driven["Join"] + driven["Send"]] + [driven["Upload"][0].header.request]
+    assert len(set(ids)) == 4
+    assert {len(request) for request in ids} == {16}
+    assert all(hashlib.sha256(part.chunk.data).digest() == part.chunk.sha256 for part in driven["Upload"][1:])
 
 
 class Round:

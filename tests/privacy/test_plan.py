@@ -120,3 +120,13 @@ def test_summary_shows_price_and_promise() -> None:
 def test_evaluation_noise_spends_its_own_budget() -> None:
     z = evaluation_noise_multiplier(2.0, 1e-5, releases=3)
     assert z == accounting.calibrate(2.0, 1e-5, steps=3)
+
+
+def test_what_the_rounds_so_far_cost() -> None:
+    made = plan(Privacy(target_epsilon=3.0), rounds=5)
+    costs = [made.epsilon_after(rounds) for rounds in range(6)]
+    assert costs == [accounting.epsilon(made.round_events * rounds, delta=made.delta) for rounds in range(6)]
+    assert (costs[0], costs[-1]) == (0.0, made.epsilon_expected)
+    drawn = plan(Privacy(target_epsilon=3.0), rounds=5, asked=2)
+    assert drawn.epsilon_after(1) < drawn.epsilon_after(2) == drawn.epsilon_after(5) == drawn.epsilon_expected
+    assert plan(Privacy(target_epsilon=3.0, sampling_rate=0.2), rounds=5).epsilon_after(0) is None

@@ -31,6 +31,7 @@ def test_everything_together_keeps_to_the_target_and_the_share_is_the_share():
     without = accounting.epsilon(found.round_events * 11, delta=1e-5)
     assert without < 0.95 * found.epsilon  # ignoring the releases would report too little
     assert found.epsilon_expected == accounting.epsilon(found.events_of(10), delta=1e-5)
+    assert found.epsilon_after(10) == found.epsilon_expected
     assert found.epsilon_beyond > found.epsilon
     assert "class gradients, last 3 round(s)" in found.summary()
 

@@ -6,11 +6,13 @@ import datetime as dt
 import json
 import shutil
 import socket
+import sqlite3
 import ssl
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from typer.testing import CliRunner
 
 from fedsecure.cli.app import app
 from fedsecure.identity import certificates
+from fedsecure.messages import Event
+from fedsecure.privacy.accounting import epsilon
 from fedsecure.privacy.ledger import Ledger
 from fedsecure.simulation.scaffold import to_toml
 from fedsecure.site import doctor
@@ -66,7 +70,7 @@ def test_a_healthy_site_is_told_so_and_nothing_is_changed(served: Served) -> Non
     assert {finding.state for finding in found.values()} == {"ok"}
     assert "of 3 sites" in found["keys"].found
     assert found["TLS"].found.startswith("TLSv1.3")
-    assert "no ledger yet" in found["budget"].found
+    assert "none yet" in found["ledger"].found
     assert not (served.world.folder / "site-1" / "ledger.db").exists()
     assert served.core.sessions.find("site-1") is None, "it has not joined"
 
@@ -77,7 +81,9 @@ def test_the_budget_of_a_used_ledger_is_looked_at(served: Served) -> None:
     with Ledger(path):
         pass
     before = path.read_bytes()
-    assert "0 rows of an unbroken chain" in examined(file)["budget"].found
+    found = examined(file)
+    assert found["ledger"].found == "0 rows of an unbroken chain; site-1-train has spent ε 0.00 of 8"
+    assert "would take ε to" in found["budget"].found
     assert path.read_bytes() == before
     failed(site_file(served, policy={"max_epsilon": 0.5, "unit": "record"}), "budget", "FS-1201")
 
@@ -110,7 +116,7 @@ def test_a_file_that_is_none(tmp_path: Path) -> None:
 
 def test_a_data_set_that_the_run_cannot_use(served: Served) -> None:
     gone = {"name": "site-1-train", "path": str(served.world.folder / "absent.npz")}
-    found = failed(site_file(served, train=gone), "training data", "FS-1100")
+    found = failed(site_file(served, train=gone), "data sets", "FS-1100")
     assert "absent.npz" in found.found
     many = {"name": "site-1-train", "path": str(served.world.features), "split": "train"}
     assert "units" in failed(site_file(served, train=many), "training data", "FS-1127").found
@@ -128,6 +134,35 @@ CLOSED = 1
 
 def test_nobody_listens(served: Served) -> None:
     failed(site_file(served, aggregator=f"127.0.0.1:{CLOSED}"), "port", "FS-1521")
+
+
+def test_records_and_ledger_are_looked_at_before_the_aggregator_serves(served: Served) -> None:
+    path = served.world.folder / "site-1" / "ledger.db"
+    event = Event("train", "training", 4.0, 4.0)
+    with Ledger(path) as ledger:
+        ledger.reserve(
+            dataset="site-1-train", population="train", events=[event], run="ab" * 16, round=0, attempt=0,
+            query_digest=bytes(32), limit_epsilon=8.0, delta=1e-5,
+        )  # fmt: skip
+    file = site_file(served, aggregator=f"127.0.0.1:{CLOSED}")
+    found = examined(file)
+    assert found["budget"].found == "needs aggregator"
+    assert found["data sets"].found == "site-1-train: features, site-1-test: features"
+    spent = epsilon([event], delta=1e-5)
+    assert found["ledger"].found == f"1 rows of an unbroken chain; site-1-train has spent ε {spent:.2f} of 8"
+    with closing(sqlite3.connect(path)) as database, database:
+        (trigger,) = database.execute("SELECT sql FROM sqlite_master WHERE name = 'entries_stay'").fetchone()
+        for statement in ("DROP TRIGGER entries_stay", "UPDATE entries SET round = 1", trigger):
+            database.execute(statement)
+    wrong = {name: finding.code for name, finding in examined(file).items() if finding.state == "failed"}
+    assert wrong == {"port": "FS-1521", "ledger": "FS-1256"}
+
+
+def test_the_clock_is_compared_whatever_the_roster_is(served: Served) -> None:
+    served.core._identity = replace(served.core._identity, roster=replace(served.core.roster, version=2))
+    found = failed(site_file(served), "aggregator", "FS-1452")
+    assert "same signed roster" in found.expected
+    assert examined(site_file(served))["clock"].state == "ok"
 
 
 @contextmanager

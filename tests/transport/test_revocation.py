@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 from served_world import Served
 
+from fedsecure.aggregator import health
+from fedsecure.aggregator.limits import STRANGERS, Bucket, Share
 from fedsecure.errors import IdentityError, RunError
 from fedsecure.identity import keys
 from fedsecure.identity.provision import load_identity
@@ -18,7 +22,11 @@ from fedsecure.identity.roster import Roster
 from fedsecure.identity.standing import Standing
 from fedsecure.transport import channel
 from fedsecure.transport.base import CHUNK_BYTES
+from fedsecure.transport.status import from_details
+from fedsecure.transport.tls import grpc
 from fedsecure.wire import federation_pb2 as pb
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc  # isort: skip -- after fedsecure.transport.tls
 
 
 @pytest.fixture
@@ -69,6 +77,66 @@ def test_every_call_of_a_revoked_site_is_refused_and_others_go_on(served: Served
     assert other.greet(pb.GreetRequest(protocol=1)).roster_hash == served.core._identity.roster.hash, (
         "the run keeps its roster"
     )
+
+
+def test_refusals_of_a_revoked_site_are_held_back_past_its_rate(served: Served) -> None:
+    line, other = served.joined("site-1"), served.joined("site-2")
+    revoke(served, "site-1")
+    few = Share(Bucket.full(time.monotonic(), rate=1e-3, burst=2.0))
+    served.within(lambda: served.service._limits._shares.update({STRANGERS: few}))
+
+    def refused() -> float:
+        begun = time.monotonic()
+        with pytest.raises(IdentityError, match="FS-1460"):
+            line.greet(pb.GreetRequest(protocol=1))
+        return time.monotonic() - begun
+
+    assert min(refused(), refused()) < 1.0
+    assert few.bucket.tokens < 1.0, "both were counted"
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        held = pool.submit(refused)
+        while not few.held:
+            assert not held.done()
+            time.sleep(0.01)
+        assert other.greet(pb.GreetRequest(protocol=1)).run == served.core.run
+        assert held.result(30) >= 1.0
+    assert few.held == 0
+
+
+def test_health_counts_as_any_call(served: Served) -> None:
+    revoke(served, "site-3")
+    none = Share(Bucket.full(time.monotonic(), rate=1e-3, burst=1.0))
+    served.within(lambda: served.service._limits._shares.update({"site-1": none}))
+    request = health_pb2.HealthCheckRequest()
+    with served.raw("site-1") as raw, served.raw("site-3") as revoked:
+        ask = health_pb2_grpc.HealthStub(raw)
+        assert ask.Check(request, timeout=20).status == health_pb2.HealthCheckResponse.SERVING
+        refusals = [lambda: ask.Check(request, timeout=20), lambda: next(ask.Watch(request, timeout=20))]
+        stranger = health_pb2_grpc.HealthStub(revoked)
+        refusals += [lambda: stranger.Check(request, timeout=20), lambda: next(stranger.Watch(request, timeout=20))]
+        codes = []
+        for refusal in refusals:
+            with pytest.raises(grpc.RpcError) as caught:
+                refusal()
+            error = from_details(caught.value.details())
+            codes.append(error.code if error else None)
+    assert codes == ["FS-1530", "FS-1530", "FS-1460", "FS-1460"]
+
+
+def test_a_revocation_ends_a_watch_of_the_health(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "LOOK_SECONDS", 0.05)
+    request = health_pb2.HealthCheckRequest()
+    with served.raw("site-1") as raw, served.raw("site-2") as other:
+        watch = health_pb2_grpc.HealthStub(raw).Watch(request, timeout=30)
+        stays = health_pb2_grpc.HealthStub(other).Watch(request, timeout=30)
+        assert next(watch).status == next(stays).status == health_pb2.HealthCheckResponse.SERVING
+        revoke(served, "site-1")
+        with pytest.raises(grpc.RpcError) as ended:
+            next(watch)
+        assert (error := from_details(ended.value.details())) is not None
+        assert error.code == "FS-1460"
+        assert stays.is_active()
+        stays.cancel()
 
 
 @pytest.mark.parametrize("revoked", [True, False])
