@@ -103,17 +103,18 @@ def test_a_message_that_finds_no_room_is_not_taken_and_comes_again(
         def _again(self, call: Callable[[], None]) -> None:
             with self._gate:
                 try:
-                    call()
+                    return call()
                 except EnvironmentProblem as error:
-                    assert error.code == "FS-1802"
-                    state = core.engine.account.state
-                    with pytest.raises(EnvironmentProblem, match="FS-1802"):
-                        call()
-                    core.tick(time.monotonic())
-                    assert core.failure is None
-                    assert core.engine.account.state == state, "the phase waits for the disk"
-                    disk.mend()
+                    failure = error
+                assert failure.code == "FS-1802"
+                state = core.engine.account.state
+                with pytest.raises(EnvironmentProblem, match="FS-1802"):
                     call()
+                core.tick(time.monotonic())
+                assert core.failure is None
+                assert core.engine.account.state == state, "the phase waits for the disk"
+                disk.mend()
+                call()
 
     world.run(*(world.take_part(name, transport=Patient(core, name, world.gate)) for name in world.names))
     assert not world.errors
