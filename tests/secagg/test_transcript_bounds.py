@@ -68,9 +68,11 @@ def test_a_vector_larger_than_its_round_is_not_read(tmp_path: Path) -> None:
     recorder = TranscriptRecorder(out.extend, descriptor=run.descriptor, roster=federation(7).roster)
     size = run.descriptor.length * run.descriptor.word_bytes
     recorder._add(Kind.PAYLOAD, 1, bytes(size))
+    recorder.flush()
     (tmp_path / "t").write_bytes(out)
     assert len([record for record, _ in read_records(tmp_path / "t")]) == 3
     recorder._add(Kind.PAYLOAD, 1, bytes(size + 1))
+    recorder.flush()
     (tmp_path / "t").write_bytes(out)
     with pytest.raises(ProtocolError, match=f"of kind {Kind.PAYLOAD.value} and {size + 1} bytes"):
         list(read_records(tmp_path / "t"))
