@@ -148,10 +148,10 @@ def show_demo(result: DemoResult) -> None:
     out.print(scores)
     sites = new_table("Sites", "site", f"ε at δ = {summary['delta']:g}", "evaluation ε", "sent", "received")
     for site in summary["sites"]:
-        if site in summary["lost_sites"]:
-            sites.add_row(site, "lost on the way", "–", "–", "–")
-            continue
         spent, evaluated = summary["epsilon"].get(site), summary["epsilon_evaluation"].get(site)
+        if site in summary["lost_sites"]:
+            sites.add_row(site, "–" if spent is None else _epsilon(spent), "lost on the way", "–", "–")
+            continue
         public = "public" if summary["evaluation_public"] else "–"
         sites.add_row(
             site,

@@ -25,7 +25,9 @@ from fedsecure.config import (
     PrivacyConfig,
     RoundsConfig,
     RunSettings,
+    SiteConfig,
     SiteEntry,
+    load,
 )
 from fedsecure.errors import ConfigError, RunError
 from fedsecure.extras import require
@@ -348,6 +350,9 @@ def _gather(
     outcome = next(iter(reports.values()))["outcome"]
     before, after = (outcome["evaluations"].get(stage, {}) for stage in ("before", "after"))
     epsilons = {site: report["epsilon"] for site, report in reports.items() if report["role"] == "train"}
+    lost = sorted(set(layout.sites) - set(reports))
+    # What a lost site has charged stays charged, and it wrote no report.
+    epsilons |= {site: _charged(layout.sites[site], settings) for site in lost if site in material.train}
     summary = {
         "accuracy": {"before": before.get("accuracy"), "after": after.get("accuracy")},
         "balanced_accuracy": {"before": before.get("balanced_accuracy"), "after": after.get("balanced_accuracy")},
@@ -361,7 +366,7 @@ def _gather(
         "rounds": outcome["rounds"],
         "attempts": outcome["attempts"],
         "sites": sorted(layout.sites),
-        "lost_sites": sorted(set(layout.sites) - set(reports)),
+        "lost_sites": lost,
         "bytes_up": {site: numbers["bytes_up"] for site, numbers in usage.items()},
         "bytes_down": {site: numbers["bytes_down"] for site, numbers in usage.items()},
         "wall_seconds": round(time.monotonic() - begun, 2),
@@ -381,3 +386,14 @@ def _gather(
         "adapter_file": str(kept),
     }
     return DemoResult(summary=summary, report=options.out / "report.json", page=page, adapter=kept)
+
+
+def _charged(file: Path, settings: RunSettings) -> float:
+    """ε that a site's ledger holds, of its training records."""
+    from fedsecure.privacy.ledger import Ledger
+
+    config = load(file, SiteConfig)
+    if config.train is None or not config.ledger.exists():
+        return 0.0
+    with Ledger(config.ledger) as ledger:
+        return ledger.epsilon(config.train.name, "train", delta=settings.privacy.delta)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -185,6 +188,26 @@ def test_a_demo_told_to_stop_leaves_no_process_and_no_folder(tmp_path: Path, fea
     assert child.returncode == 143
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert not out.exists()
+
+
+@pytest.mark.slow
+def test_a_site_killed_in_the_middle_costs_no_round_and_its_charge_is_shown(tmp_path: Path, features: Path) -> None:
+    out = tmp_path / "demo"
+    arguments = ["demo", "--features", features, "--sites", "5", "--rounds", "60", "--json", "--out", out]
+    child = subprocess.Popen([*COMMAND, *map(str, arguments)], stdout=subprocess.PIPE, text=True)
+    federation = out / "federation"
+    give_up = time.monotonic() + 240
+    while not any(json.loads(file.read_text())["step"] >= 2 for file in federation.glob("aggregator/**/status.json")):
+        assert time.monotonic() < give_up
+        assert child.poll() is None
+        time.sleep(0.05)
+    os.kill(json.loads((federation / "processes.json").read_text())["site-4"], signal.SIGKILL)
+    result = json.loads(child.communicate(timeout=280)[0])
+    assert child.returncode == 0
+    assert result["lost_sites"] == ["site-4"]
+    assert result["rounds"] == 60
+    assert not any("aborted" in attempt for attempt in result["attempts"])
+    assert 0 < result["epsilon"]["site-4"] < min(result["epsilon"][f"site-{n}"] for n in (1, 2, 3, 5))
 
 
 def hospitals(folder: Path) -> Path:
