@@ -278,7 +278,7 @@ def test_demo_on_clip_features_of_caltech(tmp_path: Path, shared_data: Path, ada
     """Zero-shot is strong: training at ε ≤ 8 must not spoil it.
 
     Runs over processes draw their noise anew: 0.966 ± 0.006 for linear, 0.967 ± 0.002 for facmic. That training stays
-    within one standard error of zero-shot is said of seeded runs, in tests/learning/test_local_training.py.
+    within one standard error of zero-shot is said of seeded runs, in tests/simulation/test_strong_prior.py.
     """
     file = shared_data / "caltech_clip_vitb32.npz"
     result = demo("--features", file, "--adapter", adapter, out=tmp_path / "demo")
