@@ -93,6 +93,7 @@ def test_bad_experiments(file: Path, tmp_path: Path) -> None:
     refused(ConfigError, "FS-1010", lambda: run(settings=replace(QUICK, students="resnet8")))
 
 
+@pytest.mark.slow
 def test_every_published_method_in_one_command_that_resumes(
     example: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -177,6 +178,7 @@ def test_a_student_of_images_wants_images(example: ModuleType, file: Path, tmp_p
     assert "FS-1021" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_lists_of_images_as_they_are(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     for split, counts in (("train", (5, 2)), ("val", (1, 1)), ("test", (2, 2))):
