@@ -226,14 +226,14 @@ class Client:
         except IdentityError as refusal:
             if refusal.code != "FS-1452":
                 raise
-            for run, roster in rosters.kept(self.config.state / "runs", self._identity):
+            for roster, runs in rosters.kept(self.config.state / "runs", self._identity):
                 try:
                     reply = self._line.join(roster.hash)
                 except IdentityError:
                     continue
-                if bytes(reply.run) != run:
+                if bytes(reply.run) not in runs:
                     break
-                log.info("goes on with run %s by its own roster, version %d", run.hex()[:8], roster.version)
+                log.info("goes on with run %s by its own roster, version %d", reply.run.hex()[:8], roster.version)
                 self._identity = replace(self._identity, roster=roster)
                 return reply
             raise

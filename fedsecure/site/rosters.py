@@ -7,7 +7,6 @@ and then starts again goes on with the run by the roster kept here; new runs beg
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 from fedsecure.errors import IdentityError
@@ -45,18 +44,20 @@ def keep(run: Path, identity: Identity, *, folder: Path) -> None:
         write_whole(run / FILE, sealed, mode=0o644)
 
 
-def kept(runs: Path, identity: Identity) -> Iterator[tuple[bytes, Roster]]:
-    """Run and roster of the runs that are not over here, the latest first; what is no roster of the coordinator's is
-    passed over."""
-    found = [file for file in runs.glob(f"*/{FILE}") if not (file.parent / _OVER).exists()]
-    for file in sorted(found, key=lambda file: file.stat().st_mtime, reverse=True)[:_MOST]:
+def kept(runs: Path, identity: Identity) -> list[tuple[Roster, set[bytes]]]:
+    """Rosters of the runs that are not over here, the latest first, each with its runs; what is no roster of the
+    coordinator's is passed over."""
+    files = [file for file in runs.glob(f"*/{FILE}") if not (file.parent / _OVER).exists()]
+    found: dict[bytes, tuple[Roster, set[bytes]]] = {}
+    for file in sorted(files, key=lambda file: file.stat().st_mtime, reverse=True)[:_MOST]:
         try:
             run, roster = bytes.fromhex(file.parent.name), Roster.load(file, identity.coordinator_key)
         except (ValueError, IdentityError) as error:
             log.warning("%s is passed over: %s", file, error)
             continue
         if roster.federation == identity.roster.federation and roster.hash != identity.roster.hash:
-            yield run, roster
+            found.setdefault(roster.hash, (roster, set()))[1].add(run)
+    return list(found.values())
 
 
 __all__ = ["FILE", "keep", "kept"]

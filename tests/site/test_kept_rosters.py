@@ -87,6 +87,17 @@ def test_only_the_runs_own_roster_counts(world: World, spoiled: str) -> None:
         world.take_part("site-2")()
 
 
+def test_an_earlier_run_of_the_same_roster_that_never_ended_is_in_nobodys_way(world: World) -> None:
+    with world.client("site-2") as client:
+        folder = client._folder.path
+    abandoned = folder.with_name(bytes(16).hex())
+    abandoned.mkdir()
+    (abandoned / rosters.FILE).write_bytes((folder / rosters.FILE).read_bytes())
+    take_up_a_newer_roster(world, "site-2")
+    with world.client("site-2") as client:
+        assert client._folder.path == folder
+
+
 def test_a_folder_that_changed_over_meanwhile_is_not_kept_as_the_runs(world: World) -> None:
     identity = load_identity(world.site_config("site-1").identity)
     take_up_a_newer_roster(world, "site-1")
