@@ -66,7 +66,8 @@ class Line(MemoryTransport):
         self._coordinator = core
 
     def next(self, request: pb.NextRequest) -> pb.Directive:
-        failure = self._coordinator.failure
+        with self._gate:
+            failure = self._coordinator.failure
         if failure is not None and not failure.final:
             raise TransportError("FS-1501", f"the aggregator ended with {failure}", expected="an answer", cure="wait")
         return super().next(request)

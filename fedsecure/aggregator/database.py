@@ -35,6 +35,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, Session, mapped_column
 
 from fedsecure.config import FederationConfig
 from fedsecure.errors import EnvironmentProblem
+from fedsecure.write_ahead import write_ahead
 
 # How long a writer waits for another, in seconds: `fedsecure runs` beside a running aggregator.
 _BUSY_SECONDS = 20
@@ -230,8 +231,9 @@ def _connect_args(url: URL) -> dict[str, Any]:
 
 
 def _durable(connection: Any, _: object) -> None:
+    write_ahead(connection, wait_seconds=_BUSY_SECONDS)
     cursor = connection.cursor()
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+    for pragma in ("synchronous = FULL", "foreign_keys = ON"):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
 

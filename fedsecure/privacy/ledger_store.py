@@ -41,6 +41,7 @@ from fedsecure.privacy.ledger_schema import (
 )
 from fedsecure.privacy.ledger_upgrade import upgrade
 from fedsecure.privacy.unit_sets import check_sets
+from fedsecure.write_ahead import write_ahead
 
 log = logging.getLogger("fedsecure.privacy.ledger")
 # What machines correct by themselves is noted; more than that somebody has to look at.
@@ -186,7 +187,7 @@ class LedgerStore:
                 cure="install the fedsecure release that wrote it, or a newer one",
             )  # fmt: skip
         with self._errors():
-            self._db.execute("PRAGMA journal_mode = WAL")
+            write_ahead(self._db, wait_seconds=self._wait)
             self._db.execute("PRAGMA synchronous = FULL")
             self._db.execute("PRAGMA foreign_keys = ON")
         if version == SCHEMA_VERSION:

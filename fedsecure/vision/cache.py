@@ -12,18 +12,17 @@ import sqlite3
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from fedsecure.errors import EnvironmentProblem
-
-if TYPE_CHECKING:
-    pass
+from fedsecure.write_ahead import write_ahead
 
 FloatFeatures = npt.NDArray[np.float32]
 MAX_BYTES = 4 * 1024**3
+_WAIT_SECONDS = 60
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS features (
     encoder TEXT NOT NULL, content BLOB NOT NULL, vector BLOB NOT NULL, checksum BLOB NOT NULL,
@@ -64,9 +63,9 @@ class FeatureCache:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        with closing(sqlite3.connect(self._file, timeout=60, isolation_level=None)) as connection:
+        with closing(sqlite3.connect(self._file, timeout=_WAIT_SECONDS, isolation_level=None)) as connection:
             self._file.chmod(0o600)
-            connection.execute("PRAGMA journal_mode=WAL")
+            write_ahead(connection, wait_seconds=_WAIT_SECONDS)
             connection.execute("PRAGMA synchronous=NORMAL")
             connection.execute(_SCHEMA)
             yield connection

@@ -123,6 +123,7 @@ def test_a_run_of_drawn_cohorts_is_the_central_computation(tmp_path: Path, monke
             np.testing.assert_array_equal(following[name], value)
 
 
+@pytest.mark.slow
 def test_a_site_pays_for_the_rounds_that_may_ask_it_and_the_report_says_so(tmp_path: Path) -> None:
     # 7 rounds of 3 out of 5: some are asked 5 times, others 4.
     world = World(tmp_path, sites=5, rounds=7, waits=DRAWN, privacy={"spare_attempts": 0})
@@ -519,6 +520,7 @@ def test_tosses_are_bounded(tmp_path: Path) -> None:
         again(world).begin(world.names, 0.0)
 
 
+@pytest.mark.slow
 def test_a_site_that_comes_back_keeps_to_the_draw_it_knew_and_so_does_an_aggregator(tmp_path: Path) -> None:
     world = World(tmp_path, sites=5, rounds=6, waits=DRAWN)
     world.start()

@@ -82,7 +82,14 @@ def transcripts(world: World) -> list[Path]:
 
 # Of three sites: an evaluation with keys of its own, whose messages are 12; then a set-up, 6, and its round.
 @pytest.mark.parametrize(
-    ("count", "kind"), [(1, Kind.MESSAGE), (3, Kind.MESSAGE), (12, Kind.MESSAGE), (18, Kind.MESSAGE), (6, Kind.UPLOAD)]
+    ("count", "kind"),
+    [
+        (1, Kind.MESSAGE),
+        pytest.param(3, Kind.MESSAGE, marks=pytest.mark.slow),
+        pytest.param(12, Kind.MESSAGE, marks=pytest.mark.slow),
+        pytest.param(18, Kind.MESSAGE, marks=pytest.mark.slow),
+        (6, Kind.UPLOAD),
+    ],
 )
 def test_a_message_that_finds_no_room_is_not_taken_and_comes_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int, kind: Kind
@@ -127,7 +134,11 @@ def test_a_message_that_finds_no_room_is_not_taken_and_comes_again(
 
 @pytest.mark.parametrize(
     "chosen",
-    [lambda data: data.startswith(MAGIC), number(2, Kind.BROADCAST), number(1, Kind.SEAL)],
+    [
+        pytest.param(lambda data: data.startswith(MAGIC), marks=pytest.mark.slow),
+        number(2, Kind.BROADCAST),
+        pytest.param(number(1, Kind.SEAL), marks=pytest.mark.slow),
+    ],
     ids=["beginning", "broadcast", "seal"],
 )
 def test_a_step_that_finds_no_room_ends_the_process_and_not_the_run(

@@ -61,7 +61,11 @@ class Countdown:
 
 @pytest.mark.parametrize(
     ("adapter", "noise", "local_steps"),
-    [("linear", "distributed", 1), ("linear", "local", 3), ("facmic", "distributed", 1)],
+    [
+        ("linear", "distributed", 1),
+        pytest.param("linear", "local", 3, marks=pytest.mark.slow),
+        pytest.param("facmic", "distributed", 1, marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_trains_charges_and_reports(tmp_path: Path, adapter: str, noise: str, local_steps: int) -> None:
     world = World(tmp_path, adapter=adapter, noise=noise, local_steps=local_steps)

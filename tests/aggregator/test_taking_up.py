@@ -240,7 +240,7 @@ def test_a_run_is_not_taken_up_with_other_settings(tmp_path: Path) -> None:
     assert (row.state, row.closed, row.outcome["code"]) == ("over", True, "FS-1734")  # type: ignore[index]
 
 
-@pytest.mark.parametrize("harm", ["gone", "altered"])
+@pytest.mark.parametrize("harm", [pytest.param("gone", marks=pytest.mark.slow), "altered"])
 def test_a_model_that_is_not_what_was_written_is_not_taken_up(tmp_path: Path, harm: str) -> None:
     world = World(tmp_path, rounds=2)
     world.start()

@@ -82,6 +82,7 @@ def aggregator(home: Path) -> Iterator[subprocess.Popen[bytes]]:
             child.kill()
 
 
+@pytest.mark.slow
 def test_the_snippets_take_part_in_a_real_run(home: Path, aggregator: subprocess.Popen[bytes]) -> None:
     done: dict[str, Any] = {}
 

@@ -89,10 +89,10 @@ def called(node: ast.Call) -> str:
     return getattr(node.func, "id", getattr(node.func, "attr", ""))
 
 
-def assigned(tree: ast.Module) -> dict[str, set[str]]:
+def assigned(nodes: list[ast.AST]) -> dict[str, set[str]]:
     """Variable → the codes ever assigned to it, alone, in a tuple or in a dictionary."""
     found: dict[str, set[str]] = defaultdict(set)
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
             for target in node.targets if isinstance(node, ast.Assign) else [node.target]:
                 for name in ast.walk(target):
@@ -101,25 +101,27 @@ def assigned(tree: ast.Module) -> dict[str, set[str]]:
     return found
 
 
-def makers(tree: ast.Module) -> dict[str, str]:
+def makers(nodes: list[ast.AST]) -> dict[str, str]:
     """Function that makes an error → the class it says it returns."""
     return {
         node.name: node.returns.id
-        for node in ast.walk(tree)
+        for node in nodes
         if isinstance(node, ast.FunctionDef) and isinstance(node.returns, ast.Name) and node.returns.id in CLASSES
     }
 
 
 def scan(sources: dict[str, str]) -> dict[str, Raised]:
     """Every code of some modules, by path."""
-    trees = {path: ast.parse(text) for path, text in sources.items()}
-    everywhere = {name: kind for tree in trees.values() for name, kind in makers(tree).items()}
-    constants = {k: v for tree in trees.values() for k, v in assigned(tree).items() if k.isupper() and k[0] != "_"}
+    trees = {path: list(ast.walk(ast.parse(text))) for path, text in sources.items()}
+    made = {path: makers(nodes) for path, nodes in trees.items()}
+    values = {path: assigned(nodes) for path, nodes in trees.items()}
+    everywhere = {name: kind for kinds in made.values() for name, kind in kinds.items()}
+    constants = {k: v for named in values.values() for k, v in named.items() if k.isupper() and k[0] != "_"}
     found: dict[str, Raised] = defaultdict(Raised)
-    for path, tree in trees.items():
-        mine, variables = {**everywhere, **makers(tree)}, {**constants, **assigned(tree)}
-        compared = {code for n in ast.walk(tree) if isinstance(n, ast.Compare) for code in codes_in(n)}
-        for node in ast.walk(tree):
+    for path, nodes in trees.items():
+        mine, variables = {**everywhere, **made[path]}, {**constants, **values[path]}
+        compared = {code for n in nodes if isinstance(n, ast.Compare) for code in codes_in(n)}
+        for node in nodes:
             if not isinstance(node, ast.Call):
                 continue
             kind = called(node) if called(node) in CLASSES else mine.get(called(node), "")
@@ -134,7 +136,7 @@ def scan(sources: dict[str, str]) -> dict[str, Raised]:
                 found[code].classes.add(kind)
                 if kind != FOUND:
                     found[code].modules.add(path)
-        for code in codes_in(tree) - compared:
+        for code in codes_in(nodes[0]) - compared:
             found[code]
     for what in found.values():
         # A finding speaks of the rule that a live round would have raised.

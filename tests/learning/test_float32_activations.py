@@ -137,6 +137,7 @@ def test_a_float32_block_errs_by_less_than_its_room() -> None:
     assert 1e-7 < worst < (1 - NARROW) / 2
 
 
+@pytest.mark.slow
 def test_the_room_depends_on_public_numbers_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine whose rows do not stand alone clips to the same C′, in float64."""
     task, start, units = case(7, units=20, records=1, d=16, k=3)

@@ -120,7 +120,7 @@ def test_images_past_the_cap_and_copies_change_nothing_beyond_one_unit(kind: str
     clip=st.sampled_from([1e-3, 0.1, 10.0]),
     seed=st.integers(0, 2**20),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_the_bound_holds_for_any_patients(
     kind: str, engine: Any, images: list[int], cap: int, scale: float, clip: float, seed: int
 ) -> None:

@@ -122,6 +122,7 @@ def test_fedclip_aligns_nothing() -> None:
     assert all(np.array_equal(with_target[0][name], without[0][name]) for name in without[0])
 
 
+@pytest.mark.slow
 def test_same_seed_same_round() -> None:
     values = reference.start(D, gate="batchnorm", seed=0)
     one, two = (site(recipe=FACMIC).train(values)[0] for _ in range(2))

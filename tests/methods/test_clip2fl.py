@@ -261,7 +261,14 @@ def test_the_sum_is_on_disk_before_the_computation_and_polls_are_answered_meanwh
     assert seen["polls"] >= 5
 
 
-@pytest.mark.parametrize(("harm", "code"), [("killed", "FS-1721"), ("no room", "FS-1721"), ("slow", "FS-1722")])
+@pytest.mark.parametrize(
+    ("harm", "code"),
+    [
+        ("killed", "FS-1721"),
+        pytest.param("no room", "FS-1721", marks=pytest.mark.slow),
+        pytest.param("slow", "FS-1722", marks=pytest.mark.slow),
+    ],
+)
 def test_a_computation_that_the_machine_fails_is_done_again_by_the_next_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, harm: str, code: str
 ):

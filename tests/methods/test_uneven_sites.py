@@ -76,6 +76,7 @@ def run(folder: Path, encoder: Encoder, **method: Any) -> dict[str, SiteConfig]:
     return sites
 
 
+@pytest.mark.slow
 def test_sites_of_other_classes_odd_images_and_few_records_train_together(tmp_path: Path, encoder: Encoder) -> None:
     for name, classes in HELD.items():
         write_site(tmp_path / name, classes, each=1 if name == "site-c" else len(MODES))

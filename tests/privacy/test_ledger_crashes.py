@@ -301,5 +301,10 @@ class Machine(RuleBasedStateMachine):
         shutil.rmtree(self.home)
 
 
-Machine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
-test_any_story_keeps_the_truth = Machine.TestCase
+class TestAnyStory(Machine.TestCase):
+    settings = settings(max_examples=10, stateful_step_count=20, deadline=None)
+
+
+@pytest.mark.slow
+class TestAnyStoryAtLength(Machine.TestCase):
+    settings = settings(max_examples=100, stateful_step_count=20, deadline=None)

@@ -488,7 +488,7 @@ class RepeatableEpochMachine(Repeatable, EpochMachine):
 
 
 class TestEpochs(RepeatableEpochMachine.TestCase):
-    settings = settings(max_examples=80, stateful_step_count=25, deadline=None)
+    settings = settings(max_examples=40, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.slow

@@ -265,7 +265,7 @@ class RepeatableRoundMachine(Repeatable, RoundMachine):
 
 
 class TestRounds(RepeatableRoundMachine.TestCase):
-    settings = settings(max_examples=150, stateful_step_count=25, deadline=None)
+    settings = settings(max_examples=50, stateful_step_count=25, deadline=None)
 
 
 @pytest.mark.slow

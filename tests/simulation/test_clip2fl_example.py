@@ -122,6 +122,7 @@ def test_every_published_method_in_one_command_that_resumes(
     assert "FS-1218" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_private_run_beside_them(example: ModuleType, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "8", *SHORT]
