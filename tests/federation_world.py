@@ -86,6 +86,7 @@ class World:
     epsilon: float = 8.0
     public_evaluation: bool = True
     max_epsilon: float = 8.0
+    prior: str | tuple[float, ...] = ()
     privacy: dict[str, Any] = field(default_factory=dict)
     waits: dict[str, Any] = field(default_factory=dict)
 
@@ -105,7 +106,14 @@ class World:
             encoder=EncoderConfig(
                 model="features", pretrained="file", dimension=header.dimension, fingerprint=header.fingerprint
             ),
-            method=MethodConfig(name=self.adapter, rounds=self.rounds, local_steps=self.local_steps),
+            method=MethodConfig.model_validate(
+                {
+                    "name": self.adapter,
+                    "rounds": self.rounds,
+                    "local_steps": self.local_steps,
+                    "class_prior": self.prior,
+                }
+            ),
             privacy=PrivacyConfig(
                 target_epsilon=self.epsilon, unit="record", max_records_per_unit=1, noise=self.noise, **self.privacy
             ),

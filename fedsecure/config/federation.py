@@ -185,14 +185,16 @@ class RunSettings(Section):
     def _check(self) -> RunSettings:
         if len(set(self.classes)) != len(self.classes):
             raise ValueError("classes must be distinct")
-        shares = len(self.method.class_prior)
-        if shares not in (0, len(self.classes)):
-            raise ValueError(f"class_prior has {shares} shares, one for each of the {len(self.classes)} classes")
+        prior = self.method.class_prior
+        if prior != "released" and len(prior) not in (0, len(self.classes)):
+            raise ValueError(f"class_prior has {len(prior)} shares, one for each of the {len(self.classes)} classes")
         trainers = self.declared_units()
         if len(trainers) < 3:
             raise ValueError(f"{len(trainers)} training sites; a secure sum needs at least 3")
         if self.method.alignment.prototypes and self.privacy.ring_bits != 32:
             raise ValueError("alignment.prototypes needs ring_bits = 32: a site's class sums are rounded as one")
+        if prior == "released" and self.privacy.ring_bits != 32:
+            raise ValueError('class_prior = "released" needs ring_bits = 32: a site\'s class counts are rounded as one')
         prepared = self.rounds.prepared_rounds
         if self.cohort_size() > len(trainers):
             raise ValueError(f"rounds.cohort = {self.rounds.cohort} of {len(trainers)} training sites")

@@ -103,8 +103,9 @@ class MethodConfig(Section):
         learning_rate: ``"auto"`` follows the predicted signal-to-noise.
         temperature: τ of the logits; ``"auto"`` is the adapter's own default.
         average: whether the result is the mean of the adapters of the second half of the rounds.
-        class_prior: public shares of the classes, in their order; their logarithm is added to the logits in training
-            only. Without any, all classes count alike.
+        class_prior: shares of the classes, whose logarithm is added to the logits in training only: public ones, in
+            the classes' order, or ``"released"`` by the first round, with its noise and in place of a gradient.
+            Without any, all classes count alike.
         views: how many views of each training image a gradient is the mean of; 1 is the image alone.
         alignment: of the method ``facmic``, with a public target.
         clip2fl: what the method of that name goes by.
@@ -116,13 +117,18 @@ class MethodConfig(Section):
     learning_rate: Literal["auto"] | Positive = "auto"
     temperature: Literal["auto"] | Positive = "auto"
     average: bool = False
-    class_prior: Annotated[tuple[Positive, ...], Field(max_length=10_000)] = ()
+    class_prior: Literal["released"] | Annotated[tuple[Positive, ...], Field(max_length=10_000)] = ()
     views: Annotated[int, Field(ge=1, le=32)] = 1
     alignment: AlignmentConfig = AlignmentConfig()
     clip2fl: Clip2flConfig = Clip2flConfig()
 
     @model_validator(mode="after")
-    def _check_alignment(self) -> Self:
-        if self.alignment.prototypes and self.rounds < 2:
-            raise ValueError("alignment.prototypes takes the first round, so rounds must be at least 2")
+    def _check_first_round(self) -> Self:
+        taken = {'class_prior = "released"': self.class_prior == "released"}
+        taken["alignment.prototypes"] = self.alignment.prototypes
+        takers = [name for name, takes in taken.items() if takes]
+        if len(takers) > 1:
+            raise ValueError(f"{' and '.join(takers)} both take the first round")
+        if takers and self.rounds < 2:
+            raise ValueError(f"{takers[0]} takes the first round, so rounds must be at least 2")
         return self

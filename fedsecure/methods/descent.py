@@ -27,7 +27,9 @@ from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
-from fedsecure.methods.cohorts import cohort_of, refuse_prior, refuse_target
+from fedsecure.methods.class_counts import COUNTS, PURPOSE, SHARES, class_counts, releases_counts, shares_of
+from fedsecure.methods.cohorts import cohort_of, refuse_draw, refuse_prior, refuse_target
+from fedsecure.methods.first_release import first_answer, first_segment, first_sum, in_place_of
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
 from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
@@ -70,13 +72,16 @@ class AdapterDescent:
         spec = self.spec(settings)
         # A ring that is too narrow for the run is refused here, before anybody is asked.
         self.segment(settings, cohort, self.plan(settings, cohort))
+        if releases_counts(settings):
+            refuse_draw(settings)
+            self._counts_segment(settings, cohort)
         return ServerState(step=0, tensors=spec.initial(seed=settings.name.encode()))
 
     def ask(self, settings: RunSettings, cohort: Cohort, state: ServerState) -> Ask | None:
         if state.step >= settings.method.rounds:
             return None
         plan = self.plan(settings, cohort)
-        return Ask(
+        ask = Ask(
             method=self.name,
             version=self.version,
             inputs={name: state.tensors[name] for name in self.spec(settings).shapes},
@@ -85,8 +90,19 @@ class AdapterDescent:
             trainers_only=True,
             ring_bits=settings.privacy.ring_bits,
         )
+        if not releases_counts(settings):
+            return ask
+        if state.step == 0:
+            return in_place_of(ask, self._counts_segment(settings, cohort), purpose=PURPOSE)
+        # Zeros where a site works out the question from the start: its name and shape are what counts there.
+        shares = state.tensors.get(SHARES, np.zeros(len(settings.classes), np.float32))
+        return replace(ask, inputs={**ask.inputs, SHARES: shares})
 
     def absorb(self, settings: RunSettings, cohort: Cohort, state: ServerState, aggregate: Aggregate) -> ServerState:
+        if releases_counts(settings) and state.step == 0:
+            counts = first_sum(aggregate.values[COUNTS], settings)
+            shares = shares_of(counts, noise=self.plan(settings, cohort).sum_noise_multiplier)
+            return replace(state, step=1, tensors={**state.tensors, SHARES: shares})
         spec = self.spec(settings)
         current = spec.flatten({name: state.tensors[name] for name in spec.shapes})
         if settings.privacy.noise == "distributed":
@@ -99,18 +115,23 @@ class AdapterDescent:
         tensors: Mapping[str, Tensor] = spec.unflatten(following)
         if settings.method.average:
             tensors = averaged(state, tensors, rounds=settings.method.rounds)
+        if SHARES in state.tensors and state.step + 1 < settings.method.rounds:
+            tensors = {**tensors, SHARES: state.tensors[SHARES]}
         return ServerState(step=state.step + 1, tensors=tensors, facts=state.facts)
 
     # --- a site's half ----------------------------------------------------------------------------------------------
 
     def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
-        settings = release.settings
+        settings, classes = release.settings, len(release.settings.classes)
+        if release.query.segments[0].name == COUNTS:
+            return first_answer(COUNTS, release, lambda units: class_counts(units, classes)), state
         units = release.units("train")
         assert units is not None, "only training sites are asked"
         _, cohort = cohort_of(settings, trainers_only=True)
         spec = self.spec(settings)
         rate, _ = self.rate(settings, cohort)
         task = self._training_task(settings, release, inputs, state)
+        inputs = {name: inputs[name] for name in spec.shapes}
         norm, own_rate = settings.privacy.max_grad_norm, settings.sampling_rates()[release.site]
         if settings.privacy.noise == "distributed":
             drawn = units if own_rate == 1 else units.select(release.sample(len(units)))
@@ -148,8 +169,9 @@ class AdapterDescent:
         task, objective = self.task(settings, release.features), self.objective
         # Before a site's first round there is nothing to be pushed from.
         if self.contrast and state.tensors:
-            objective = replace(objective, contrast=Contrast(inputs, state.tensors, strength=self.contrast))
-        return replace(task, objective=objective, log_prior=log_prior_of(settings))
+            sent = {name: inputs[name] for name in self.spec(settings).shapes}
+            objective = replace(objective, contrast=Contrast(sent, state.tensors, strength=self.contrast))
+        return replace(task, objective=objective, log_prior=log_prior_of(settings, inputs.get(SHARES)))
 
     # --- what both halves compute alike from public numbers ---------------------------------------------------------
 
@@ -210,6 +232,10 @@ class AdapterDescent:
             temperature if chosen.temperature == "auto" else chosen.temperature,
         )
 
+    def _counts_segment(self, settings: RunSettings, cohort: Cohort) -> Segment:
+        plan = self.plan(settings, cohort)
+        return first_segment(COUNTS, len(settings.classes), settings=settings, cohort=cohort, plan=plan)
+
     def segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan, *, step: int = 0) -> Segment:
         """The layout of one round's vector; only the rotation of the ring of 16 bits depends on ``step``.
 
@@ -252,12 +278,14 @@ def averaged(state: ServerState, following: Mapping[str, Tensor], *, rounds: int
     return {**following, **{_MEAN + name: value for name, value in mean.items()}}
 
 
-def log_prior_of(settings: RunSettings) -> Float32 | None:
-    """(K,) logarithm of the classes' public shares, which training adds to the logits (facmic.md §5.4-1)."""
-    if not settings.method.class_prior:
-        return None
-    shares = np.array(settings.method.class_prior)
-    return np.asarray(np.log(shares / shares.sum()), np.float32)
+def log_prior_of(settings: RunSettings, released: Tensor | None) -> Float32 | None:
+    """(K,) logarithm of the classes' shares, public or released, which training adds to the logits (facmic.md §5.4-1).
+
+    Args:
+        released: (K,) shares that the first round has released, or None.
+    """
+    shares = np.asarray(settings.method.class_prior if released is None else released, np.float64)
+    return np.asarray(np.log(shares / shares.sum()), np.float32) if shares.size else None
 
 
 def _rotation_seed(settings: RunSettings, step: int) -> bytes:

@@ -28,8 +28,8 @@ from fedsecure.learning.task import HeadTask, unit_rows
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.cohorts import cohort_of, refuse_draw
-from fedsecure.methods.descent import DELTA_GRID, AdapterDescent
-from fedsecure.privacy.grid import distributed_segment, exact_segment
+from fedsecure.methods.descent import AdapterDescent
+from fedsecure.methods.first_release import first_answer, first_segment, first_sum, in_place_of
 from fedsecure.privacy.plan import PrivacyPlan
 
 PROTOTYPES = "prototypes"
@@ -60,8 +60,7 @@ class Facmic(AdapterDescent):
             return ask
         if state.step == 0:
             segment = self.prototypes_segment(settings, cohort, self.plan(settings, cohort))
-            events = tuple(replace(event, purpose=PURPOSE, steps=1) for event in ask.events)
-            return replace(ask, segments=(segment,), events=events)
+            return in_place_of(ask, segment, purpose=PURPOSE)
         if settings.method.alignment.at == "aggregator":
             return ask
         # Zeros where a site works out the question from the start: its name and shape are what counts there.
@@ -113,22 +112,10 @@ class Facmic(AdapterDescent):
         settings = release.settings
         own = {name: inputs[name] for name in self.spec(settings).shapes}
         if release.query.segments[0].name == PROTOTYPES:
-            return self._answer_prototypes(release), state
+            task, layout = self.task(settings, release.features), Moments(*self._layout(settings))
+            return first_answer(PROTOTYPES, release, lambda units: moment_sum(task, units, layout)), state
         aligned = self._aligned(settings, release.features, own, inputs.get(SOURCE))
-        return AdapterDescent.answer(aligned, own, state, release)
-
-    def _answer_prototypes(self, release: Release) -> Answer:
-        settings = release.settings
-        units = release.units("train")
-        assert units is not None, "only training sites are asked"
-        norm = settings.privacy.max_grad_norm
-        drawn = units
-        if release.query.events[0].sampling_rate < 1:
-            drawn = units.select(release.sample(len(units)))
-        values = norm * moment_sum(self.task(settings, release.features), drawn, Moments(*self._layout(settings)))
-        if settings.privacy.noise == "local":
-            values = release.privatise(values, norm) / sum(settings.declared_units().values())
-        return Answer(values={PROTOTYPES: values}, units={PROTOTYPES: len(drawn)})
+        return AdapterDescent.answer(aligned, inputs, state, release)
 
     def _aligned(
         self, settings: RunSettings, features: SiteFeatures, adapter: Mapping[str, Tensor], source: Tensor | None
@@ -164,26 +151,14 @@ class Facmic(AdapterDescent):
             PrivacyError: FS-1206, FS-1211 the ring does not hold them.
         """
         length = Moments(*self._layout(settings)).length
-        if settings.privacy.noise == "local":
-            return exact_segment(PROTOTYPES, length, grid=DELTA_GRID, sites=cohort.sites)
-        return distributed_segment(
-            PROTOTYPES,
-            length,
-            clip_norm=settings.privacy.max_grad_norm,
-            noise_multiplier=plan.noise_multiplier,
-            honest=cohort.honest,
-            sites=cohort.sites,
-            units=max(settings.declared_units().values()),
-        )
+        return first_segment(PROTOTYPES, length, settings=settings, cohort=cohort, plan=plan)
 
     def _layout(self, settings: RunSettings) -> tuple[int, int]:
         return len(settings.classes), settings.encoder.dimension
 
     def _read_prototypes(self, settings: RunSettings, cohort: Cohort, values: Vector) -> Float32:
-        scale = sum(settings.declared_units().values()) if settings.privacy.noise == "local" else 1
         noise = self.plan(settings, cohort).sum_noise_multiplier
-        layout = Moments(*self._layout(settings))
-        return prototypes_of(values * (scale / settings.privacy.max_grad_norm), layout, noise=noise)
+        return prototypes_of(first_sum(values, settings), Moments(*self._layout(settings)), noise=noise)
 
 
 def prototypes_of(values: Vector, layout: Moments, *, noise: float) -> Float32:
