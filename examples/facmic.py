@@ -49,7 +49,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--features", type=Path, help="feature file (docs/datasets.md), shared out to --sites")
     parser.add_argument("--eval-site", help="site of --data that is the common test; the last one by default")
     parser.add_argument("--origins", type=Path, help="CSV: the image each file of --data was made from")
-    parser.add_argument("--target", type=Path, help="folder of public unlabelled images to align with")
+    aligned = parser.add_mutually_exclusive_group()
+    aligned.add_argument("--target", type=Path, help="folder of public unlabelled images to align with")
+    aligned.add_argument("--halves", action="store_true", help="align with half of the test images; test on both")
     parser.add_argument("--transductive", action="store_true", help="align with the test images, as released")
     parser.add_argument("--model", default="tiny", help="open_clip model, or tiny for the bundled one")
     parser.add_argument("--pretrained", default="openai", help="open_clip tag or weights file")
@@ -71,7 +73,10 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reference-steps", type=int, help="a round; 0 for one pass, 199 by default")
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
     parser.add_argument("--out", type=Path, default=Path("facmic-results"))
-    return parser.parse_args(given)
+    options = parser.parse_args(given)
+    if options.halves and options.features is not None:
+        parser.error("--halves is of images: name them with --data")
+    return options
 
 
 def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -219,6 +224,7 @@ def prepare(
         cache=options.out / "features",
         target=options.target,
         transductive=options.transductive,
+        halves=options.halves,
         origins=options.origins,
         progress=lambda site, done, count: watch(Step(0, 1, f"encoding {site}", round=done, rounds=count)),
     )

@@ -33,6 +33,7 @@ from fedsecure.simulation.scaffold import SitePlan, lay_out
 
 # Above what a run without privacy is charged; the data of an experiment are whoever's who runs it.
 _UNLIMITED = 1e9
+_HALF = b"fedsecure/halves/v1\0"
 Progress = Callable[[str, int, int], None]
 
 
@@ -150,6 +151,7 @@ def read_folders(
     cache: Path,
     target: Path | None = None,
     transductive: bool = False,
+    halves: bool = False,
     origins: Path | None = None,
     device: str = "auto",
     progress: Progress = lambda *_: None,
@@ -163,6 +165,8 @@ def read_folders(
         cache: folder of the feature cache.
         target: folder of unlabelled images to align with, searched to any depth.
         transductive: align with the test images themselves where there is no ``target``, or allow it to hold some.
+        halves: align with one half of the test images, and name both halves among the tests: ``seen`` and, what is
+            tested without having been looked at, ``unseen`` (facmic.md §5.4-6).
         origins: CSV with the columns ``file`` (``<site>/<class>/<name>``) and ``source_blob_sha1``: the image each
             file was made from. Test sets are then ``raw``, ``clean`` by origin, and ``strict`` by origin and content;
             without it ``raw``, and ``clean`` by content.
@@ -171,8 +175,8 @@ def read_folders(
 
     Raises:
         DataError: FS-1150 to FS-1155 the folders, FS-1130 a site of fewer than ten records, FS-1137 a target that
-            overlaps the test set, FS-1138 origins that do not name every file, and the reader's for an image that
-            cannot be read.
+            overlaps the test set, FS-1138 origins that do not name every file, FS-1156 test images too few for two
+            halves, and the reader's for an image that cannot be read.
         ModelError: the encoder cannot be loaded.
     """
     from fedsecure.learning.encoding import encode_dataset
@@ -183,6 +187,10 @@ def read_folders(
     division = divide_folders(data, eval_site=eval_site, origins=origins)
     sites, classes = division.sites, division.classes
     unlabelled = _target(target, sites[division.test_site], transductive=transductive)
+    tests = dict(division.tests)
+    if halves:
+        by_half = halves_of(sites[division.test_site], tests)
+        unlabelled, tests = Subset(sites[division.test_site], by_half["seen"]), tests | by_half
 
     encoder = load_encoder(model, pretrained, device=device)
     store = FeatureCache(cache)
@@ -199,10 +207,36 @@ def read_folders(
         scale=encoder.scale,
         train={name: whole[name].rows(rows) for name, rows in division.train.items()},
         own={name: whole[name].rows(rows) for name, rows in division.own.items()},
-        tests={name: whole[division.test_site].rows(rows) for name, rows in division.tests.items()},
+        tests={name: whole[division.test_site].rows(rows) for name, rows in tests.items()},
         target=aligned,
         overlap=division.overlap,
     )
+
+
+def halves_of(test: Dataset, tests: Mapping[str, Sequence[int]]) -> dict[str, Sequence[int]]:
+    """Each of ``tests`` in two halves, to align with and not to: ``seen``, ``unseen``, then ``seen, clean`` and so on.
+
+    An image's half follows from its content alone, so that its copies are in the same one.
+
+    Raises:
+        DataError: FS-1156 a half has no image.
+    """
+    seen = {row for row in range(len(test)) if hashlib.sha256(_HALF + test.content_key(row)).digest()[0] & 1}
+    found: dict[str, Sequence[int]] = {}
+    for name, rows in tests.items():
+        for half, wanted in (("seen", True), ("unseen", False)):
+            # The first of the tests is all of it.
+            label = half if not found or name == next(iter(tests)) else f"{half}, {name}"
+            found[label] = tuple(row for row in rows if (row in seen) == wanted)
+    empty = next((name for name, rows in found.items() if not rows), None)
+    if empty is not None:
+        raise DataError(
+            "FS-1156",
+            f"none of the {len(test)} test images is {empty}",
+            expected="test images enough for two halves, which their content decides",
+            cure="add test images, or leave --halves out",
+        )
+    return found
 
 
 def from_pool(pool: Pool, names: Sequence[str], *, partition: str, seed: int, transductive: bool = False) -> Experiment:

@@ -106,6 +106,35 @@ def test_a_target_that_holds_test_images_is_refused_unless_that_is_wanted(
     assert np.array_equal(whole.target, whole.tests["raw"].features)
 
 
+def test_halves_of_the_test_are_apart_and_only_one_is_looked_at(hospitals: Path, read: Any) -> None:
+    kind = CLASSES[0]
+    first, second = sorted((hospitals / "site_d" / kind).iterdir())[:2]
+    shutil.copy(first, hospitals / "site_d" / kind / "copy.png")
+    shutil.copy(second, hospitals / "site_a" / kind / "copy.png")
+    found = read(hospitals, halves=True)
+    sizes = {name: len(part) for name, part in found.tests.items()}
+    assert list(sizes) == ["raw", "clean", "seen", "unseen", "seen, clean", "unseen, clean"]
+    assert (sizes["raw"], sizes["clean"]) == (25, 23)
+    assert sizes["seen"] + sizes["unseen"] == sizes["raw"]
+    assert sizes["seen, clean"] + sizes["unseen, clean"] == sizes["clean"]
+    assert np.array_equal(found.target, found.tests["seen"].features)
+    apart = {row.tobytes() for row in found.tests["unseen"].features}
+    assert not apart & {row.tobytes() for row in found.target}
+    # The same images are in the same halves whatever else lies in the folder.
+    (hospitals / "site_d" / kind / "copy.png").unlink()
+    again = read(hospitals, halves=True)
+    assert {row.tobytes() for row in again.tests["unseen"].features} == apart
+
+
+def test_a_test_of_one_image_has_no_halves(hospitals: Path, read: Any) -> None:
+    for kind in sorted(CLASSES)[1:]:
+        shutil.rmtree(hospitals / "site_d" / kind)
+    for file in sorted((hospitals / "site_d").rglob("*.png"))[1:]:
+        file.unlink()
+    with pytest.raises(DataError, match="FS-1156"):
+        read(hospitals, halves=True)
+
+
 def test_missing_classes_keep_the_order_of_labels(hospitals: Path, read: Any) -> None:
     """A site of one class is no class 0: labels are the federation's."""
     last = sorted(CLASSES)[-1]
