@@ -1,6 +1,6 @@
 """What each measure is worth, on validation records only: one thing is changed at a time, the rest is as deployed.
 
-Two tables of ``python -m benchmarks.accuracy`` (``--only ablation-linear,ablation-facmic``).
+Three tables of ``python -m benchmarks.accuracy`` (``--only ablation-linear,ablation-facmic,ablation-prior``).
 
 Records of ``train`` and four fifths of ``val`` train, the remaining fifth of ``val`` is scored, in turns; ``test`` is
 never opened. Noise is that of the secure sum of five sites of which four are honest, drawn from a seed, the same for
@@ -24,12 +24,14 @@ import numpy as np
 from benchmarks.accuracy_page import interval, spread
 from benchmarks.accuracy_study import folds
 from benchmarks.accuracy_work import Work, finished_work, take_work, work_off
+from fedsecure.data.longtail import long_tail
 from fedsecure.learning.adapters import AdapterSpec, Vector
 from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.evaluation import accuracy, counts
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest
 from fedsecure.learning.units import UnitFeatures
+from fedsecure.methods.class_counts import class_counts, shares_of
 from fedsecure.privacy.accounting import calibrate
 from fedsecure.simulation.pool import Pool, read_pool
 from fedsecure.simulation.simulate import Step
@@ -51,6 +53,8 @@ class Change:
         warm: starts as zero-shot CLIP; otherwise with a random head and without the prior (linear), or a random gate.
         norm: C.
         steps: times the usual number.
+        prior: shares of the classes in the loss of a record: none, the ``"true"`` ones as if they were public, or
+            those that the first round has ``"released"``.
     """
 
     centred: bool = True
@@ -61,6 +65,7 @@ class Change:
     warm: bool = True
     norm: float = 0.1
     steps: float = 1.0
+    prior: str = ""
 
 
 DEPLOYED = "as deployed"
@@ -80,7 +85,11 @@ CHANGES: Mapping[str, Change] = {
     "clip norm 1": Change(norm=1.0),
     "half the steps": Change(steps=0.5),
     "twice the steps": Change(steps=2.0),
+    "the true shares as `class_prior`": Change(prior="true"),
+    '`class_prior = "released"`': Change(prior="released"),
 }
+# What is shown of a long tail alone.
+TAILED = (DEPLOYED, "the true shares as `class_prior`", '`class_prior = "released"`')
 # The module's steps take ten times as long.
 FEWER = (DEPLOYED, "random start in place of zero-shot", "not centred by the public mean", "`average = true`")
 
@@ -125,10 +134,15 @@ def score(
         last = "D" if kind == "linear" else "W2"
         tensors[last] = rng.uniform(-bound, bound, tensors[last].shape).astype(np.float32)
         temperature = 1e-3 if kind == "linear" else temperature
-    task = HeadTask(spec, text, centre, temperature)
     current, noise = spec.flatten(tensors), noise_at(epsilon)
     mean: Vector = np.zeros_like(current)
-    for step in range(steps):
+    shares = None
+    if change.prior:
+        found = class_counts(train, spec.classes)
+        told = noise if change.prior == "released" else 0.0
+        shares = shares_of(found + told * rng.standard_normal(spec.classes), noise=told)
+    task = HeadTask(spec, text, centre, temperature, None if shares is None else np.log(shares))
+    for step in range(1 if change.prior == "released" else 0, steps):
         drawn = train if change.sampling == 1 else train.select(rng.random(len(train)) < change.sampling)
         total = clipped_sum(task, spec.unflatten(current), drawn, max_grad_norm=change.norm, device="cpu")
         total += noise * change.norm * rng.standard_normal(total.size)
@@ -149,6 +163,8 @@ class Ablation:
         folds: how many of the five are scored.
         out: folder of finished measurements.
         epsilons: ε.
+        tail: how many times more training records the commonest class has than the rarest; 1 leaves them as they are,
+            and above it the scored records stay as even as they were. Which class is how common is drawn, fold by fold.
     """
 
     features: Path
@@ -157,6 +173,7 @@ class Ablation:
     folds: int
     out: Path
     epsilons: tuple[float, ...] = (1.0, 8.0)
+    tail: float = 1.0
 
     @property
     def cells(self) -> int:
@@ -180,7 +197,8 @@ class Ablation:
         take_work(self.out, self._work(), rows, key=partial(self._key, pool))
 
     def _work(self) -> list[Work]:
-        names = tuple(CHANGES) if self.kind == "linear" else FEWER
+        names = tuple(name for name in CHANGES if not CHANGES[name].prior) if self.kind == "linear" else FEWER
+        names = names if self.tail == 1 else TAILED
         work = product(names, self.epsilons, range(self.folds))
         return [(name, epsilon, fold) for name, epsilon, fold in work if CHANGES[name].ruled_at != epsilon]
 
@@ -189,11 +207,21 @@ class Ablation:
         pool = read_pool(self.features, train=("train", "val"), test="test", centre=self.centre)
         with np.load(self.features) as held:
             validation = len(held["val_y"])
-        return pool, list(folds(pool, validation, 5))
+        parts = list(folds(pool, validation, 5))
+        return pool, [(self._tailed(train, fold), scored) for fold, (train, scored) in enumerate(parts)]
+
+    def _tailed(self, train: UnitFeatures, fold: int) -> UnitFeatures:
+        if self.tail == 1:
+            return train
+        labels = train.labels[:, 0]
+        order = np.random.default_rng(fold).permutation(int(labels.max()) + 1)
+        return train.select(
+            long_tail(labels, classes=len(order), imbalance=self.tail, seed=fold, order=[int(c) for c in order])
+        )
 
     def _key(self, pool: Pool, work: Work) -> str:
         name, epsilon, fold = work
-        facts = [self.kind, asdict(CHANGES[name]), epsilon, fold, pool.digest]
+        facts = [self.kind, asdict(CHANGES[name]), epsilon, fold, pool.digest, self.tail]
         return hashlib.sha256(b"ablation/v1\0" + json.dumps(facts).encode()).hexdigest()[:32]
 
 

@@ -198,8 +198,8 @@ def tables(data: Path, out: Path) -> list[Table]:
                 ucf("skew", "linear", partitions=SKEWS),
                 ucf("local", "linear", noises=("local",), partitions=("iid", *SKEWS)),
                 ucf("iid", "facmic"),
-                ucf("skew", "facmic", partitions=SKEWS),
-                ucf("local", "facmic", noises=("local",)),
+                ucf("skew", "facmic", epsilons=FEW, partitions=SKEWS),
+                ucf("local", "facmic", epsilons=FEW, noises=("local",)),
                 by_itself("iid"),
                 by_itself(SKEWS[0]),
             ),
@@ -223,7 +223,7 @@ def tables(data: Path, out: Path) -> list[Table]:
                 ucf("three", "linear", **three),
                 ucf("three-skew", "linear", partitions=SKEWS, **three),
                 ucf("three-local", "linear", noises=("local",), partitions=("iid", *SKEWS), **three),
-                ucf("three", "facmic", **three),
+                ucf("three", "facmic", epsilons=(8.0,), **three),
             ),
             label=("method", "noise", "partition"),
         ),
@@ -241,7 +241,13 @@ def tables(data: Path, out: Path) -> list[Table]:
                 (Ablation(ucf_file, f"{ucf_file}:text", kind, count, out / f"ablation-{kind}"),),
                 lines=lines,
             )
-            for kind, count in (("linear", 5), ("facmic", 1))
+            for kind, count in (("linear", 5), ("facmic", 3))
+        ),
+        Table(
+            "ablation-prior",
+            "what shares of the classes are worth on a long tail, validation records, linear head",
+            (Ablation(ucf_file, f"{ucf_file}:text", "linear", 5, out / "ablation-prior", (1.0, 8.0, 64.0), tail=10.0),),
+            lines=lines,
         ),
         *(
             Table(
