@@ -76,6 +76,8 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if options.halves and options.features is not None:
         parser.error("--halves is of images: name them with --data")
+    if options.halves and options.transductive:
+        parser.error("--transductive aligns with all of the test images, and --halves with half of them: choose one")
     return options
 
 

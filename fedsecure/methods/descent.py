@@ -123,7 +123,7 @@ class AdapterDescent:
 
     def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
         settings, classes = release.settings, len(release.settings.classes)
-        if release.query.segments[0].name == COUNTS:
+        if releases_counts(settings) and release.query.segments[0].name == COUNTS:
             return first_answer(COUNTS, release, lambda units: class_counts(units, classes)), state
         units = release.units("train")
         assert units is not None, "only training sites are asked"
