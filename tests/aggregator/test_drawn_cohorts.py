@@ -219,6 +219,7 @@ def test_a_run_that_draws_too_few_is_refused_at_joining(tmp_path: Path) -> None:
     assert not (tmp_path / "site-1" / "state" / "runs").exists()
 
 
+@pytest.mark.slow
 def test_floors_of_a_site_apply_to_the_drawn_cohort(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a site could not tell beforehand."""
     monkeypatch.setattr("fedsecure.client.rehearse", lambda *_, **__: None)
@@ -449,6 +450,7 @@ def test_a_site_that_is_told_another_draw_does_not_go_on(tmp_path: Path, lie: st
         assert not ledger.spent("site-1-train", "train")
 
 
+@pytest.mark.slow
 def test_the_same_meddling_without_a_lie_is_no_obstacle(tmp_path: Path) -> None:
     world = World(tmp_path, sites=5, rounds=2, waits=DRAWN)
     world.start()

@@ -280,6 +280,7 @@ def test_a_full_disk_ends_the_process_and_not_the_run(tmp_path: Path, monkeypatc
     assert [a.get("code") for a in outcome["attempts"]] == [None, "FS-1730", None, None, None]
 
 
+@pytest.mark.slow
 def test_sites_that_did_not_come_are_waited_for_by_the_next_process(tmp_path: Path) -> None:
     world = World(tmp_path, rounds=1)
     world.start()
@@ -373,6 +374,7 @@ def resume_when(world: World, ready: Callable[[], bool]) -> None:
         world.gate.notify_all()
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_tells_its_sites_and_stays_over(tmp_path: Path) -> None:
     world = World(tmp_path, rounds=50)
     core = world.start()

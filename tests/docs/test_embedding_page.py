@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -198,11 +199,16 @@ def commands() -> list[tuple[str, list[str]]]:
     return found
 
 
+@cache
+def program() -> Any:
+    return get_command(app)
+
+
 @pytest.mark.parametrize(
     ("file", "words"), commands(), ids=lambda value: value if isinstance(value, str) else " ".join(value)
 )
 def test_shell_lines_are_commands_the_program_knows(file: str, words: list[str]) -> None:
-    command: Any = get_command(app)
+    command: Any = program()
     context: Any = None
     while hasattr(command, "commands"):
         assert words[0] in command.commands, words

@@ -157,7 +157,14 @@ def test_released_shares_keep_rare_classes_as_public_ones_do(tmp_path: Path) -> 
     assert ended["released"] == pytest.approx(ended["public"], abs=0.02)
 
 
-@pytest.mark.parametrize(("adapter", "noise"), [("linear", "distributed"), ("facmic", "local"), ("moon", "local")])
+@pytest.mark.parametrize(
+    ("adapter", "noise"),
+    [
+        ("linear", "distributed"),
+        pytest.param("facmic", "local", marks=pytest.mark.slow),
+        pytest.param("moon", "local", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_that_releases_its_counts(tmp_path: Path, adapter: str, noise: str) -> None:
     steps = 2 if noise == "local" else 1
     world = World(tmp_path, rounds=3, adapter=adapter, noise=noise, local_steps=steps, prior="released")

@@ -312,6 +312,7 @@ def test_an_aggregator_without_the_texts_says_so(tmp_path: Path):
     assert core.failure.final, "the next process would have no texts either"
 
 
+@pytest.mark.slow
 def test_an_aggregator_with_the_texts_of_other_classes_says_so(tmp_path: Path):
     world = world_of(tmp_path, rounds=1)
     write_features(tmp_path / "other.npz", seed=1)

@@ -202,7 +202,7 @@ class RepeatableGraphMachine(Repeatable, GraphMachine):
 
 
 class TestGraph(RepeatableGraphMachine.TestCase):
-    settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+    settings = settings(max_examples=20, stateful_step_count=20, deadline=None)
 
 
 @pytest.mark.slow

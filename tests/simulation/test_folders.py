@@ -106,6 +106,7 @@ def test_a_target_that_holds_test_images_is_refused_unless_that_is_wanted(
     assert np.array_equal(whole.target, whole.tests["raw"].features)
 
 
+@pytest.mark.slow
 def test_halves_of_the_test_are_apart_and_only_one_is_looked_at(hospitals: Path, read: Any) -> None:
     kind = CLASSES[0]
     first, second = sorted((hospitals / "site_d" / kind).iterdir())[:2]
