@@ -307,4 +307,4 @@ class TestAnyStory(Machine.TestCase):
 
 @pytest.mark.slow
 class TestAnyStoryAtLength(Machine.TestCase):
-    settings = settings(max_examples=100, stateful_step_count=20, deadline=None)
+    settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
