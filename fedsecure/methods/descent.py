@@ -19,12 +19,13 @@ import numpy as np
 
 from fedsecure.config import RunSettings
 from fedsecure.errors import ConfigError
-from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Float32
-from fedsecure.learning.engines import clipped_sum, clipped_units
+from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Float32, Vector
+from fedsecure.learning.engines import check_fit, clipped_sum, clipped_units
 from fedsecure.learning.features import Inputs, SiteFeatures
 from fedsecure.learning.objective import CROSS_ENTROPY, Contrast, Objective
 from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
+from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.class_counts import COUNTS, PURPOSE, SHARES, class_counts, releases_counts, shares_of
@@ -124,7 +125,13 @@ class AdapterDescent:
     def answer(self, inputs: Mapping[str, Tensor], state: SiteState, release: Release) -> tuple[Answer, SiteState]:
         settings, classes = release.settings, len(release.settings.classes)
         if releases_counts(settings) and release.query.segments[0].name == COUNTS:
-            return first_answer(COUNTS, release, lambda units: class_counts(units, classes)), state
+            head = self.task(settings, release.features)
+
+            def counted(units: UnitFeatures) -> Vector:
+                check_fit(head, units)
+                return class_counts(units, classes)
+
+            return first_answer(COUNTS, release, counted), state
         units = release.units("train")
         assert units is not None, "only training sites are asked"
         _, cohort = cohort_of(settings, trainers_only=True)

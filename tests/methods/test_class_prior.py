@@ -13,7 +13,7 @@ from hypothesis import given
 from pydantic import ValidationError
 
 from fedsecure.config import MethodConfig, RunSettings
-from fedsecure.errors import ConfigError
+from fedsecure.errors import ConfigError, ModelError
 from fedsecure.learning.evaluation import balanced_accuracy, counts
 from fedsecure.learning.features import SiteFeatures, load_site_features
 from fedsecure.learning.units import UnitFeatures
@@ -183,6 +183,14 @@ def test_a_run_that_releases_its_counts(tmp_path: Path, adapter: str, noise: str
     method = load_training_method(adapter)
     planned, without = (method.plan(one.settings, cohort) for one in (world, plain))
     assert planned.epsilon == without.epsilon
+
+
+def test_labels_outside_the_class_list_are_refused_as_in_a_gradient(tmp_path: Path) -> None:
+    settings, features = settings_of(tmp_path / "world", "released")
+    units = long_tailed(features, (4, 4, 4), seed=0)
+    units.labels[0, 0] = 3
+    with pytest.raises(ModelError, match="FS-1638"):
+        trained(settings, features, units)
 
 
 def test_what_cannot_be_released_is_refused(tmp_path: Path) -> None:
