@@ -89,7 +89,7 @@ CHANGES: Mapping[str, Change] = {
     '`class_prior = "released"`': Change(prior="released"),
 }
 # What is shown of a long tail alone.
-TAILED = (DEPLOYED, "the true shares as `class_prior`", '`class_prior = "released"`')
+TAILED = (DEPLOYED, *(name for name, change in CHANGES.items() if change.prior))
 # The module's steps take ten times as long.
 FEWER = (DEPLOYED, "random start in place of zero-shot", "not centred by the public mean", "`average = true`")
 

@@ -71,7 +71,7 @@ def refuse_draw(settings: RunSettings) -> None:
             f"method {settings.method.name!r} with rounds.cohort = {settings.rounds.cohort}: a release that it makes "
             "once would hold the sites of one round only",
             expected='rounds.cohort = "all", or a method of descent',
-            cure="leave cohort out under [rounds], or choose another method",
+            cure="leave cohort out under [rounds], or what is released once: class_prior, prototypes, the method",
         )
 
 

@@ -30,13 +30,11 @@ from fedsecure.messages import Aggregate, Answer, Segment, SiteState
 from fedsecure.methods.base import Ask, Cohort, Release, ServerState, Tensor
 from fedsecure.methods.class_counts import COUNTS, PURPOSE, SHARES, class_counts, releases_counts, shares_of
 from fedsecure.methods.cohorts import cohort_of, refuse_draw, refuse_prior, refuse_target
-from fedsecure.methods.first_release import first_answer, first_segment, first_sum, in_place_of
+from fedsecure.methods.first_release import GRID, first_answer, first_segment, first_sum, in_place_of
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import LastReleases, Privacy, PrivacyPlan
 from fedsecure.privacy.ring16 import RING_BITS, aligned_units, ring16_segment
 
-# Local changes are real numbers of order learning rate; 2^-24 keeps rounding far below the noise they carry.
-DELTA_GRID = 2.0**-24
 _MEAN = "mean."
 
 
@@ -266,7 +264,7 @@ class AdapterDescent:
                     **sizes,
                 )
             return distributed_segment("gradient", length, clip_norm=privacy.max_grad_norm, units=units, **sizes)
-        return exact_segment("change", length, grid=DELTA_GRID, sites=cohort.sites)
+        return exact_segment("change", length, grid=GRID, sites=cohort.sites)
 
 
 def averaged(state: ServerState, following: Mapping[str, Tensor], *, rounds: int) -> Mapping[str, Tensor]:

@@ -17,7 +17,8 @@ from fedsecure.methods.base import Ask, Cohort, Release
 from fedsecure.privacy.grid import distributed_segment, exact_segment
 from fedsecure.privacy.plan import PrivacyPlan
 
-# A site's own noisy sum over all declared units is a real number of order 1; 2^-24 keeps rounding far below its noise.
+# What a site noises itself, sums over all declared units and changes of an adapter, are real numbers of order 1
+# or less: 2^-24 keeps rounding far below the noise they carry.
 GRID = 2.0**-24
 
 

@@ -200,6 +200,11 @@ def test_what_cannot_be_released_is_refused(tmp_path: Path) -> None:
         folder.mkdir()
         with pytest.raises(ValidationError, match='class_prior = "released"'):
             World(folder, prior="released", **changes)
+    (tmp_path / "drawn").mkdir()
+    drawn = World(tmp_path / "drawn", sites=5, prior="released", waits={"cohort": 3, "prepared_rounds": 0}).settings
+    _, cohort = cohort_of(drawn, trainers_only=True)
+    with pytest.raises(ConfigError, match="FS-1050"):
+        load_training_method("linear").start(drawn, cohort)
     both = {"class_prior": "released", "alignment": {"target": "0" * 64, "weight": 1.0, "prototypes": True}}
     with pytest.raises(ValidationError, match="both take the first round"):
         MethodConfig.model_validate({"name": "facmic", **both})

@@ -119,3 +119,12 @@ def test_bad_requests_leave_no_results(
     assert code in capsys.readouterr().err
     assert not (out / "results.csv").exists()
     assert not list(out.rglob("cells/*"))
+
+
+@pytest.mark.parametrize(
+    "other", [("--features", "x.npz"), ("--data", "x", "--transductive"), ("--data", "x", "--target", "y")]
+)
+def test_halves_are_of_images_and_the_only_target(example: ModuleType, other: tuple[str, ...]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        example.arguments([*other, "--halves"])
+    assert example.arguments(["--data", "x", "--halves"]).halves
