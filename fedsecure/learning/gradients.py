@@ -1,7 +1,7 @@
 """Gradients of records in every known adapter, in closed form: as factors, whose products nobody has to form.
 
 Privacy.md §6, facmic.md §5.4-7: forward, and one backward to the activations. Factors have the activations' precision,
-float64 or float32; the gradients in an adapter's outputs are float64 in any case.
+float64 or float32; losses' gradients in the logits are taken in float64 in any case.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ class Weights:
 
 @dataclass(frozen=True, slots=True)
 class Slopes:
-    """Gradients of records' losses, times their weights, in what an adapter gives out; float64."""
+    """Gradients of records' losses, times their weights, in what an adapter gives out."""
 
     objective: Objective
     labels: Tensor
@@ -81,7 +81,7 @@ class Slopes:
     teacher: Tensor | None
 
     def in_logits(self, logits: Tensor) -> Tensor:
-        """(n, K) for (n, K) logits."""
+        """(n, K) for (n, K) logits, float64."""
         shifted = logits if self.log_prior is None else logits + self.log_prior
         slope = classification_slope(self.objective, shifted, self.labels)
         if self.objective.distillation is not None and self.teacher is not None:
@@ -90,7 +90,9 @@ class Slopes:
 
     def in_feature(self, adapted: Tensor) -> Tensor:
         """(n, d) for (n, d) adapted unit features z, whose logits are τ·z·Pᵀ."""
-        toward = self.in_logits(_narrow(adapted, self.prior)) @ self.prior
+        prior = self.prior.to(adapted.dtype)
+        # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
+        toward = self.in_logits(_narrow(adapted, prior).double()).to(adapted.dtype) @ prior
         alignment, contrast = self.objective.alignment, self.objective.contrast
         if alignment is not None:
             toward += alignment.slope(adapted, self.labels) * self.weights[:, None]
@@ -116,17 +118,16 @@ def _attention(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Fac
     hidden = weights.layers["hidden"](scaled)
     norm = [hidden.shape[-1]]
     gamma, beta = weights.tensors["gamma"], weights.tensors["beta"]
-    affine, mean, rstd = torch.native_layer_norm(hidden, norm, gamma, beta, LAYER_NORM_EPSILON)
-    active = functional.leaky_relu_(affine, LEAKY_SLOPE)
+    normalised, mean, rstd = torch.native_layer_norm(hidden, norm, None, None, LAYER_NORM_EPSILON)
+    active = functional.leaky_relu_(torch.addcmul(beta, normalised, gamma), LEAKY_SLOPE)
     to_output = _gated(inputs, active, weights, slopes)
     to_affine = torch.ops.aten.leaky_relu_backward(weights.layers["back"](to_output), active, LEAKY_SLOPE, True)
     to_hidden, _, _ = torch.ops.aten.native_layer_norm_backward(
         to_affine, hidden, norm, mean, rstd, gamma, beta, [True, False, False]
     )
-    normalised = hidden.sub_(mean).mul_(rstd)
     return [
         Outer(to_hidden, scaled, bias=True),
-        to_affine * normalised,
+        normalised.mul_(to_affine),
         to_affine,
         Outer(to_output, active, bias=True),
     ]
@@ -159,20 +160,28 @@ def _affine_student(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequenc
 
 
 def _gated(inputs: Tensor, active: Tensor, weights: Weights, slopes: Slopes) -> Tensor:
-    """∂ℓ/∂(W2 r + b2) of the gate z = unit(softmax(W2 r + b2) ⊙ a)."""
-    gate = torch.softmax(weights.layers["output"](active), dim=-1)
-    to_gate = _to_direction(gate * inputs, slopes).mul_(inputs)
-    to_output: Tensor = torch.ops.aten._softmax_backward_data(to_gate, gate, -1, gate.dtype)
-    return to_output
+    """∂ℓ/∂o of the gate z = unit(u), u = softmax(o) ⊙ a, o = W2 r + b2.
+
+    z does not change with the length of u, hence not with the softmax's denominator either, which scales a whole row.
+    What is left is ∂ℓ/∂o = u ⊙ ∂ℓ/∂u.
+    """
+    mixed = torch.softmax(weights.layers["output"](active), dim=-1).mul_(inputs)
+    direction, toward, _ = _tangent(mixed, slopes)
+    return toward.mul_(direction)
 
 
 def _to_direction(mixed: Tensor, slopes: Slopes) -> Tensor:
     """∂ℓ/∂u of z = unit(u); ``mixed`` is u and is overwritten by z."""
+    _, toward, length = _tangent(mixed, slopes)
+    return toward.div_(length)
+
+
+def _tangent(mixed: Tensor, slopes: Slopes) -> tuple[Tensor, Tensor, Tensor]:
+    """z = unit(u), |u|·∂ℓ/∂u, and |u|; ``mixed`` is u and is overwritten by z."""
     length = mixed.norm(dim=-1, keepdim=True).clamp_min_(TINY)
-    adapted = mixed.div_(length)
-    # A confident record's gradient is a small difference of probabilities, so these are float64 in any case.
-    toward = slopes.in_feature(adapted.double()).to(mixed.dtype)
-    return toward.addcmul_(adapted, torch.linalg.vecdot(adapted, toward)[:, None], value=-1).div_(length)
+    direction = mixed.div_(length)
+    toward = slopes.in_feature(direction)
+    return direction, toward.addcmul_(direction, torch.linalg.vecdot(direction, toward)[:, None], value=-1), length
 
 
 Backward = Callable[[Tensor, Weights, Slopes], Sequence[Factor]]

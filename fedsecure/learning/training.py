@@ -83,6 +83,8 @@ def train_locally(
             expected="at least one step, and a finite rate and normaliser above 0",
             cure="mend method.local_steps, method.learning_rate or the site's max_units",
         )
+    import torch
+
     origin = task.spec.flatten(start)
     current = origin.copy()
     how: Any = {"max_grad_norm": max_grad_norm, "engine": engine, "device": device, "precision": "float32"}
@@ -96,8 +98,8 @@ def train_locally(
         noisy = privatise(gradient, max_grad_norm)
         if noisy.shape != gradient.shape:
             raise _foreign("noise", noisy, f"{gradient.shape}")
-        noisy *= learning_rate / normaliser
-        current -= noisy
+        # In one pass over vectors that no cache holds.
+        torch.from_numpy(current).sub_(torch.from_numpy(noisy), alpha=learning_rate / normaliser)
         if proximal:
             current = origin + (current - origin) / (1 + proximal)
     return _shaped(task, current - origin)

@@ -228,7 +228,6 @@ def privatise_on_grid(
     grid = clip_norm / 2**24
     bound = 2**24 * (1 + _CLIP_SLACK) + math.sqrt(clipped_sum.size) + _SUM_SLACK
     std = noise_multiplier * bound
-    check_finite(clipped_sum, "a clipped sum")
     values = rng.gaussian(clipped_sum.size)
     room = np.empty(min(_PIECE, clipped_sum.size))
     # In pieces that a core's cache holds from the first operation to the last.
@@ -236,7 +235,8 @@ def privatise_on_grid(
         exact, noise = clipped_sum[start : start + _PIECE], values[start : start + _PIECE]
         noise *= std
         np.rint(noise, out=noise)
-        steps = np.divide(exact, grid, out=room[: exact.size])
+        steps = np.multiply(exact, 1 / grid, out=room[: exact.size])
         noise += np.rint(steps, out=steps)
         noise *= grid
+        check_finite(noise, "a clipped sum")
     return values
