@@ -102,7 +102,8 @@ def train_locally(
         torch.from_numpy(current).sub_(torch.from_numpy(noisy), alpha=learning_rate / normaliser)
         if proximal:
             current = origin + (current - origin) / (1 + proximal)
-    return _shaped(task, current - origin)
+    current -= origin
+    return _shaped(task, current)
 
 
 def _shaped(task: HeadTask | TowerTask, vector: Vector) -> dict[str, Vector]:

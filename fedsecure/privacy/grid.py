@@ -228,12 +228,11 @@ def privatise_on_grid(
     grid = clip_norm / 2**24
     bound = 2**24 * (1 + _CLIP_SLACK) + math.sqrt(clipped_sum.size) + _SUM_SLACK
     std = noise_multiplier * bound
-    values = rng.gaussian(clipped_sum.size)
+    values = rng.gaussian(clipped_sum.size, std)
     room = np.empty(min(_PIECE, clipped_sum.size))
     # In pieces that a core's cache holds from the first operation to the last.
     for start in range(0, clipped_sum.size, _PIECE):
         exact, noise = clipped_sum[start : start + _PIECE], values[start : start + _PIECE]
-        noise *= std
         np.rint(noise, out=noise)
         steps = np.multiply(exact, 1 / grid, out=room[: exact.size])
         noise += np.rint(steps, out=steps)

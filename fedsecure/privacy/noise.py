@@ -86,9 +86,9 @@ class PrivacyRng:
         """``n`` uniform multiples of 2^-53 in (0, 1], float64, shape (n,)."""
         return ziggurat.uniform(n, self._fill)
 
-    def gaussian(self, n: int) -> FloatArray:
-        """``n`` standard normal values, float64, shape (n,) (:mod:`fedsecure.privacy.ziggurat`)."""
-        return ziggurat.normal(n, self._fill)
+    def gaussian(self, n: int, std: float = 1.0) -> FloatArray:
+        """``n`` normal values of mean 0, float64, shape (n,) (:mod:`fedsecure.privacy.ziggurat`); 0 ≤ ``std``."""
+        return ziggurat.normal(n, self._fill, std) if std > 0 else np.zeros(n)
 
     def poisson_mask(self, n: int, q: float) -> npt.NDArray[np.bool_]:
         """Poisson sampling: each of ``n`` units independently with probability ``q`` in (0, 1]; bool, shape

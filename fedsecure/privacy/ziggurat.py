@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -45,45 +46,55 @@ def _edges() -> FloatArray:
 EDGES = _edges()
 _HEIGHTS = np.exp(-np.square(EDGES) / 2)
 _HEIGHTS[0] = 0.0
-_SCALES, _INNER = EDGES[:-1] * 2.0 ** (_BITS - 63), EDGES[1:].copy()
 
 
-def normal(n: int, fill: Fill) -> FloatArray:
-    """``n`` independent standard normal values, float64, shape (n,).
+@dataclass(frozen=True, slots=True)
+class _Layers:
+    """What a point of each layer is multiplied by, and what is certainly under the curve; shape (1024,)."""
+
+    scales: FloatArray
+    inner: FloatArray
+
+
+def normal(n: int, fill: Fill, std: float = 1.0) -> FloatArray:
+    """``n`` independent normal values of mean 0, float64, shape (n,).
 
     Args:
         n: how many.
         fill: the uniform stream; about 1.01 words a value are taken from it.
+        std: their standard deviation, above 0.
     """
     out, left, of = np.empty(n), [], []
+    # Wider layers cost nothing; to multiply the values would be one more pass over them.
+    layers = _Layers(EDGES[:-1] * (std * 2.0 ** (_BITS - 63)), EDGES[1:] * std)
     # Memory that is fresh from the operating system costs as much as the numbers in it.
     most = min(n, _PIECE)
-    words, layers, bounds = np.empty(most, np.uint64), np.empty(most, np.int64), np.empty(most)
+    words, indices, bounds = np.empty(most, np.uint64), np.empty(most, np.int64), np.empty(most)
     for start in range(0, n, _PIECE):
         piece = out[start : start + _PIECE]
         count = len(piece)
-        undecided = _points(piece, layers[:count], words[:count], bounds[:count], fill)
+        undecided = _points(piece, layers, indices[:count], words[:count], bounds[:count], fill)
         left.append(undecided + start)
-        of.append(layers[undecided])
+        of.append(indices[undecided])
     if n:
-        _decide(out, np.concatenate(left), np.concatenate(of), fill)
+        _decide(out, layers, np.concatenate(left), np.concatenate(of), fill, std)
     return out
 
 
-def _decide(values: FloatArray, left: Integers, layers: Integers, fill: Fill) -> None:
-    """Settle the values at ``left``, points of ``layers`` that may be above the curve."""
+def _decide(values: FloatArray, layers: _Layers, left: Integers, of: Integers, fill: Fill, std: float) -> None:
+    """Settle the values at ``left``, points of the layers ``of`` that may be above the curve."""
     while len(left):
-        x, tail = values[left], layers == 0
-        values[left[tail]] = np.copysign(_beyond(int(tail.sum()), fill), x[tail])
-        left, layers, x = left[~tail], layers[~tail], x[~tail]
-        low, high = _HEIGHTS[layers], _HEIGHTS[layers + 1]
-        above = low + uniform(len(x), fill) * (high - low) >= np.exp(-np.square(x) / 2)
+        x, tail = values[left], of == 0
+        values[left[tail]] = np.copysign(std * _beyond(int(tail.sum()), fill), x[tail])
+        left, of, x = left[~tail], of[~tail], x[~tail]
+        low, high = _HEIGHTS[of], _HEIGHTS[of + 1]
+        above = low + uniform(len(x), fill) * (high - low) >= np.exp(-np.square(x / std) / 2)
         # Whoever is above the curve is drawn anew.
         left = left[above]
-        again, layers = np.empty(len(left)), np.empty(len(left), np.int64)
-        undecided = _points(again, layers, np.empty(len(left), np.uint64), np.empty(len(left)), fill)
+        again, of = np.empty(len(left)), np.empty(len(left), np.int64)
+        undecided = _points(again, layers, of, np.empty(len(left), np.uint64), np.empty(len(left)), fill)
         values[left] = again
-        left, layers = left[undecided], layers[undecided]
+        left, of = left[undecided], of[undecided]
 
 
 def uniform(n: int, fill: Fill) -> FloatArray:
@@ -98,15 +109,18 @@ def uniform(n: int, fill: Fill) -> FloatArray:
     return values
 
 
-def _points(values: FloatArray, layers: Integers, words: Words, bounds: FloatArray, fill: Fill) -> Integers:
-    """A point of a layer for each value; which of them are not known to be under the curve. ``bounds`` is scratch."""
+def _points(
+    values: FloatArray, layers: _Layers, of: Integers, words: Words, bounds: FloatArray, fill: Fill
+) -> Integers:
+    """A point of a layer for each value; which of them are not known to be under the curve. ``of`` becomes the layers'
+    numbers; ``bounds`` is scratch."""
     fill(words)
-    np.bitwise_and(words, np.uint64(LAYERS - 1), out=layers.view(np.uint64))
+    np.bitwise_and(words, np.uint64(LAYERS - 1), out=of.view(np.uint64))
     signed = words.view(np.int64)
     signed >>= _BITS
     np.copyto(values, signed)
-    values *= np.take(_SCALES, layers, out=bounds, mode="clip")
-    np.take(_INNER, layers, out=bounds, mode="clip")
+    values *= np.take(layers.scales, of, out=bounds, mode="clip")
+    np.take(layers.inner, of, out=bounds, mode="clip")
     return np.flatnonzero(np.abs(values, out=words.view(np.float64)) >= bounds)
 
 

@@ -28,9 +28,9 @@ def test_the_layers_have_one_area_and_end_at_the_top() -> None:
     assert math.sqrt(math.pi / 2) / (1024 * area) == pytest.approx(0.9981, abs=5e-5), "so much of them is below it"
 
 
-def alarms(rng: PrivacyRng) -> dict[str, float]:
+def alarms(rng: PrivacyRng, std: float = 1.0) -> dict[str, float]:
     """p-values of counts between the layers' edges on both sides, and of the tail's size and shape."""
-    values, beyond = rng.gaussian(MANY), ziggurat._beyond(1 << 18, rng._fill)
+    values, beyond = rng.gaussian(MANY, std) / std, ziggurat._beyond(1 << 18, rng._fill)
     edges = ziggurat.EDGES[1:]
     cuts = np.concatenate([-edges, edges[-2::-1]])
     counts = np.histogram(values, np.concatenate([[-np.inf], cuts, [np.inf]]))[0]
@@ -45,8 +45,9 @@ def alarms(rng: PrivacyRng) -> dict[str, float]:
     }
 
 
-def test_every_layer_is_as_full_as_the_curve_says() -> None:
-    found = alarms(PrivacyRng())
+@pytest.mark.parametrize("std", [1.0, 1.5 * 2**24])
+def test_every_layer_is_as_full_as_the_curve_says(std: float) -> None:
+    found = alarms(PrivacyRng(), std)
     assert min(found.values()) > ALARM, found
 
 
@@ -69,7 +70,8 @@ def wedges() -> float:
     place = rng.uniform(MANY)
     points = inner + place * (outer - inner)
     after = points.copy()
-    ziggurat._decide(after, np.arange(MANY), layers, rng._fill)
+    width = ziggurat._Layers(ziggurat.EDGES[:-1] * 2.0**-53, ziggurat.EDGES[1:])
+    ziggurat._decide(after, width, np.arange(MANY), layers, rng._fill, 1.0)
     heights = np.exp(-np.square(ziggurat.EDGES) / 2)
     low, high = heights[layers], heights[layers + 1]
     chance = (np.exp(-np.square(points) / 2) - low) / (high - low)
