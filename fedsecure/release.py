@@ -26,6 +26,7 @@ from fedsecure.privacy import policy
 from fedsecure.privacy.grid import privatise_on_grid, round_to_grid
 from fedsecure.privacy.ledger import Ledger, Reservation
 from fedsecure.privacy.noise import PrivacyRng
+from fedsecure.privacy.payers import Payers
 from fedsecure.privacy.plan import paid_by
 from fedsecure.privacy.ring16 import RING_BITS, sum_records
 from fedsecure.secagg.client import MaskedInput
@@ -42,13 +43,13 @@ class Source:
         dataset: name under which the ledger charges.
         public: declared public by this site *and* by the federation.
         load: reads the units; called only after the charge is on disk.
-        hashes: keyed hashes of all units the data set holds, from identifiers alone; called for the charge.
+        hashes: who pays, from identifiers alone; called for the charge.
     """
 
     dataset: str
     public: bool
     load: Callable[[], UnitFeatures]
-    hashes: Callable[[], Sequence[bytes]] | None = None
+    hashes: Callable[[], Payers] | None = None
 
 
 @dataclass(slots=True)

@@ -164,7 +164,9 @@ def plan(
     classes: Annotated[int | None, typer.Option(help="Number of classes.")] = None,
     dimension: Annotated[int | None, typer.Option(help="Feature width of the encoder; 512 by default.")] = None,
     epsilon: Annotated[float | None, typer.Option(help="Privacy budget ε; 8 by default, or the file's.")] = None,
-    delta: Annotated[float, typer.Option(help="δ of the guarantee, with numbers.")] = 1e-5,
+    delta: Annotated[
+        float | None, typer.Option(help="δ of the guarantee, with numbers; by default 1e-5, or less for large sites.")
+    ] = None,
     colluders: Annotated[int | None, typer.Option(help="Colluding sites the sum withstands, with numbers.")] = None,
     as_json: Json = False,
 ) -> None:

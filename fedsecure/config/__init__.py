@@ -17,6 +17,7 @@ from fedsecure.config.federation import (
     RunSettings,
     SiteEntry,
     TelemetryConfig,
+    default_delta,
 )
 from fedsecure.config.method import AlignmentConfig, Clip2flConfig, MethodConfig
 from fedsecure.config.reading import load, parse_settings, read_toml
@@ -44,6 +45,7 @@ __all__ = [
     "SiteEntry",
     "SiteId",
     "TelemetryConfig",
+    "default_delta",
     "load",
     "parse_settings",
     "read_toml",

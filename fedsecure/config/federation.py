@@ -20,7 +20,8 @@ class PrivacyConfig(Section):
 
     Attributes:
         target_epsilon: ε of the whole run at ``delta``, for the units of each site.
-        delta: δ; must be below 1 over the number of units of every site.
+        delta: δ; must be below 1 over the number of units of every site. A run that names none takes
+            :func:`default_delta` of its largest site.
         unit: ``"patient"`` needs a patient column; ``"record"`` protects single images.
         max_records_per_unit: public cap m; further images of a patient are left out.
         max_sites_per_patient: at how many training sites one unit may be, at most; 1 says that no two sites share any.
@@ -63,6 +64,12 @@ class PrivacyConfig(Section):
         if self.no_privacy and (self.sampling_rate != 1 or self.noise_multiplier != "auto"):
             raise ValueError('no_privacy goes with sampling_rate = 1 and noise_multiplier = "auto"')
         return self
+
+
+def default_delta(units: int) -> float:
+    """The largest power of ten that is at most 1e-5 and 1/(10·units)."""
+    digits = len(str(10 * max(1, units) - 1))
+    return min(1e-5, float(f"1e-{digits}"))
 
 
 class EncoderChoice(Section):
@@ -216,6 +223,17 @@ class RunSettings(Section):
             raise ValueError('local_steps must be 1 with noise = "distributed": every step is a secure sum')
         if self.privacy.no_privacy and set(self.sampling_rates().values()) != {1.0}:
             raise ValueError("no_privacy goes with sampling_rate = 1 at every site")
+        private = {n: s.evaluation_units for n, s in self.sites.items() if not s.evaluation_public}
+        if "delta" not in self.privacy.model_fields_set:
+            delta = default_delta(max(*trainers.values(), *private.values()))
+            # Its digest and every copy name the number, so that no other release takes another one.
+            self.__dict__["privacy"] = self.privacy.model_copy(update={"delta": delta})
+        for name, units in private.items():
+            if self.privacy.delta * units >= 1:
+                raise ValueError(
+                    f"privacy.delta = {self.privacy.delta:g} with {units} private evaluation units at {name!r}: δ must "
+                    f"be below 1/{units}, better below 1/{10 * units}"
+                )
         return self
 
     def declared_units(self) -> dict[str, int]:

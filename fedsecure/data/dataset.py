@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -36,6 +37,7 @@ class Dataset(Protocol):
         classes: class names in the federation's order.
         labels: int64 (n,), indices into ``classes``; asked for after the charge only, so they may be read here.
         record_ids: n distinct ids, stable over runs, made of paths or rows without reading content.
+        paths: n files, where each record is one; a data set of another kind need not have it.
         patient_ids: n patient ids, or ``None`` where patients are unknown.
         public: declared public, so exact counts may leave the site.
     """
@@ -124,6 +126,11 @@ class Subset:
     def patient_ids(self) -> tuple[str, ...] | None:
         ids = self._base.patient_ids
         return None if ids is None else tuple(ids[i] for i in self._rows)
+
+    @cached_property
+    def paths(self) -> tuple[Path, ...] | None:
+        paths = getattr(self._base, "paths", None)
+        return None if paths is None else tuple(paths[i] for i in self._rows)
 
     def __len__(self) -> int:
         return len(self._rows)

@@ -51,16 +51,16 @@ class DicomFolder:
         self.public = public
         self.labels: Labels = np.array(labels, dtype=np.int64)
         self.record_ids = tuple(p.relative_to(root).as_posix() for p in paths)
-        self._paths = tuple(paths)
+        self.paths = tuple(paths)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     @cached_property
     def patient_ids(self) -> tuple[str, ...]:
         """PatientID of every file; FS-1120 unreadable, FS-1121 without one."""
         ids: list[str] = []
-        for path in self._paths:
+        for path in self.paths:
             header = _open(path, stop_before_pixels=True, specific_tags=["PatientID"])
             patient = str(header.get("PatientID") or "").strip()
             if not patient:
@@ -78,13 +78,13 @@ class DicomFolder:
         _ = self.patient_ids
 
     def image(self, i: int) -> Image:
-        return read_dicom(self._paths[i])
+        return read_dicom(self.paths[i])
 
     def features(self) -> Features:
         raise wrong_kind(self.name, self.kind)
 
     def content_key(self, i: int) -> bytes:
-        return hash_file(self._paths[i])
+        return hash_file(self.paths[i])
 
 
 def _pydicom() -> Any:

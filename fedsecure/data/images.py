@@ -56,22 +56,22 @@ class ImageFiles:
         self.record_ids = tuple(e.record_id for e in entries)
         patients = [e.patient for e in entries if e.patient is not None]
         self.patient_ids = tuple(patients) if len(patients) == len(entries) else None
-        self._paths = tuple(e.path for e in entries)
+        self.paths = tuple(e.path for e in entries)
 
     def __len__(self) -> int:
-        return len(self._paths)
+        return len(self.paths)
 
     def index(self) -> None:
         """Nothing to read: paths and manifest hold all identifiers."""
 
     def image(self, i: int) -> Image:
-        return read_image(self._paths[i])
+        return read_image(self.paths[i])
 
     def features(self) -> Features:
         raise wrong_kind(self.name, self.kind)
 
     def content_key(self, i: int) -> bytes:
-        return hash_file(self._paths[i])
+        return hash_file(self.paths[i])
 
 
 def hash_file(path: Path) -> bytes:

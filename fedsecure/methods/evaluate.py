@@ -58,13 +58,10 @@ class Evaluation:
 
     def _segment(self, settings: RunSettings, cohort: Cohort) -> tuple[Segment, tuple[Event, ...]]:
         length = 2 * len(settings.classes)
-        if not any(s.evaluation_units > 0 and not s.evaluation_public for s in settings.sites.values()):
+        events = count_events(settings)
+        if not events:
             return exact_segment("counts", length, grid=COUNT_GRID, sites=cohort.sites), ()
-        noise = evaluation_noise_multiplier(
-            settings.evaluation.target_epsilon,
-            settings.privacy.delta,
-            releases=len(settings.evaluation.when) + settings.privacy.spare_attempts,
-        )
+        noise = events[0].noise_multiplier
         # honest=1: whoever holds a private set adds the whole noise, since other sites hold none of its units.
         segment = distributed_segment(
             "counts",
@@ -75,7 +72,7 @@ class Evaluation:
             sites=cohort.sites,
             units=max(entry.evaluation_units for entry in settings.sites.values()),
         )
-        return segment, (Event("evaluation", "evaluation counts", noise, noise),)
+        return segment, events
 
     # --- a site's half ----------------------------------------------------------------------------------------------
 
@@ -91,6 +88,18 @@ class Evaluation:
         task = trained.task(settings, release.features)
         hits, totals = counts(task, inputs, units, device=release.device)
         return Answer(values={"counts": np.concatenate([hits, totals])}, units={"counts": len(units)}), state
+
+
+def count_events(settings: RunSettings) -> tuple[Event, ...]:
+    """What one evaluation of a private set costs; nothing where all sets are public."""
+    if not any(s.evaluation_units > 0 and not s.evaluation_public for s in settings.sites.values()):
+        return ()
+    noise = evaluation_noise_multiplier(
+        settings.evaluation.target_epsilon,
+        settings.privacy.delta,
+        releases=len(settings.evaluation.when) + settings.privacy.spare_attempts,
+    )
+    return (Event("evaluation", "evaluation counts", noise, noise),)
 
 
 METHOD = Evaluation()

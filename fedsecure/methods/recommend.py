@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsecure.config import AGGREGATOR_KEYS, PrivacyConfig, RunSettings, parse_settings, read_toml
+from fedsecure.config import AGGREGATOR_KEYS, PrivacyConfig, RunSettings, default_delta, parse_settings, read_toml
 from fedsecure.errors import ConfigError, PrivacyError
 from fedsecure.learning.adapters import AdapterSpec
 from fedsecure.learning.moments import Moments
@@ -75,7 +75,7 @@ class Numbers:
     @staticmethod
     def given(
         *, sites: int | None, units: int | None, classes: int | None, dimension: int | None, epsilon: float | None,
-        delta: float, colluders: int | None,
+        delta: float | None, colluders: int | None,
     ) -> Numbers:  # fmt: skip
         """:meth:`even` from command-line options, of which the first three are needed: ConfigError FS-1015."""
         needed = {"--sites": sites, "--units": units, "--classes": classes}
@@ -93,7 +93,7 @@ class Numbers:
             classes=classes,
             dimension=512 if dimension is None else dimension,
             epsilon=8.0 if epsilon is None else epsilon,
-            delta=delta,
+            delta=default_delta(units) if delta is None else delta,
             colluders=colluders,
         )
 

@@ -8,8 +8,6 @@ hashes: whatever set shares a unit with an earlier one inherits the largest spen
 
 from __future__ import annotations
 
-import hashlib
-import hmac
 import math
 import secrets
 from collections.abc import Iterable, Sequence
@@ -32,6 +30,7 @@ from fedsecure.privacy.ledger_file import (
 )
 from fedsecure.privacy.ledger_head import Head
 from fedsecure.privacy.ledger_store import LedgerStore
+from fedsecure.privacy.payers import Payers, hash_names, other
 from fedsecure.privacy.unit_sets import Account, Charge, Overlaps, UnitSet, accounts, store_set
 
 POPULATIONS: tuple[Population, ...] = ("train", "evaluation")
@@ -68,13 +67,7 @@ class Ledger(LedgerStore):
 
         A patient and a record of one name hash alike; tell them apart in the id.
         """
-        start = hmac.new(self.key, b"fedsecure/ledger/unit/v1\0" + population.encode() + b"\0", hashlib.sha256)
-        hashes = []
-        for name in ids:
-            one = start.copy()
-            one.update(name.encode("utf-8", "surrogatepass"))
-            hashes.append(one.digest())
-        return hashes
+        return hash_names(ids, population, self.key)
 
     # --- charging ------------------------------------------------------------------------------------------------
 
@@ -90,7 +83,7 @@ class Ledger(LedgerStore):
         query_digest: bytes,
         limit_epsilon: float,
         delta: float,
-        units: Sequence[bytes] | None = None,
+        units: Sequence[bytes] | Payers | None = None,
     ) -> Reservation:
         """Charge a data set before it is read. When this returns, the charge survives a crash of the machine.
 
@@ -102,13 +95,16 @@ class Ledger(LedgerStore):
             query_digest: SHA-256 of the query, 32 bytes.
             limit_epsilon: the site's own limit for this population, over all runs; a limit in the ledger may be less.
             delta: δ at which the limit holds.
-            units: :meth:`hash_units` of *all* units the data set holds, sampled or not. ``None`` charges the name.
+            units: *all* units the data set holds, sampled or not: :class:`Payers`, or :meth:`hash_units` of them.
+                ``None`` charges the name.
 
         Raises:
             BudgetExceeded: FS-1201, with projected ε, spent ε and limit; nothing was charged.
             LedgerError: FS-1257 charged already, FS-1259 an argument is wrong, FS-1265 the data set's units are all
-                others than before, FS-1270 the clock went back; FS-1254, FS-1255, FS-1262 to FS-1264.
+                others than before, FS-1270 the clock went back, FS-1271 a patient has been charged by record, FS-1272
+                a unit in the other population; FS-1254, FS-1255, FS-1262 to FS-1264.
         """
+        paying = units if isinstance(units, Payers) else None
         whose = self._checked(dataset, population, events, units)
         if len(query_digest) != 32:
             raise wrong_argument(f"a query digest of {len(query_digest)} bytes", "SHA-256, 32 bytes")
@@ -124,6 +120,7 @@ class Ledger(LedgerStore):
                     expected="a new attempt: new batch, new noise, new charge",
                     cure="answer the aggregator's next attempt instead",
                 )  # fmt: skip
+            self._check_met(dataset, population, paying)
             after = self._afford(dataset, population, events, whose, Limit(limit_epsilon, delta))
             reservation = Reservation(secrets.token_hex(16), dataset, population, tuple(events), after)
             if whose is not None:
@@ -150,11 +147,13 @@ class Ledger(LedgerStore):
         events: Sequence[Event],
         limit_epsilon: float,
         delta: float,
-        units: Sequence[bytes] | None = None,
+        units: Sequence[bytes] | Payers | None = None,
     ) -> float:
         """What ε would be after some events, without charging them; arguments and errors as for :meth:`reserve`."""
+        paying = units if isinstance(units, Payers) else None
         whose = self._checked(dataset, population, events, units)
         with self._snapshot():
+            self._check_met(dataset, population, paying)
             return self._afford(dataset, population, events, whose, Limit(limit_epsilon, delta))
 
     def commit(self, reservation: Reservation | str, payload_sha256: bytes) -> None:
@@ -285,14 +284,47 @@ class Ledger(LedgerStore):
     # --- inside --------------------------------------------------------------------------------------------------
 
     def _checked(
-        self, dataset: str, population: Population, events: Sequence[Event], units: Sequence[bytes] | None
+        self,
+        dataset: str,
+        population: Population,
+        events: Sequence[Event],
+        units: Sequence[bytes] | Payers | None,
     ) -> UnitSet | None:
         if population not in POPULATIONS or not dataset or any(event.population != population for event in events):
             raise wrong_argument(
                 f"{len(events)} event(s) for {population!r} units of {dataset!r}",
                 "a named data set, and events about that population only",
             )
-        return None if units is None else UnitSet.of(population, units)
+        hashes = units.units if isinstance(units, Payers) else units
+        return None if hashes is None else UnitSet.of(population, hashes)
+
+    def _check_met(self, dataset: str, population: Population, paying: Payers | None) -> None:
+        """That no unit has been charged as what it must not have been; inside a snapshot."""
+        if paying is not None and self._charged(other(population), paying.elsewhere):
+            raise LedgerError(
+                "FS-1272", f"units of {dataset!r} have been charged as {other(population)} units before",
+                expected="every unit in the training set or in the private evaluation set, over all runs",
+                cure="split as in the runs before; for a larger evaluation set take units that were never trained on",
+            )  # fmt: skip
+        if paying is not None and self._charged(population, paying.by_record):
+            raise LedgerError(
+                "FS-1271", f"patients of {dataset!r} have been charged by record before",
+                expected='unit = "patient" in every run over these patients: what one record paid is not what a '
+                "patient with several has paid",
+                cure="go on by record, where [policy] unit allows it, or take patients that were never used by record",
+            )  # fmt: skip
+
+    def _charged(self, population: Population, hashes: Sequence[bytes]) -> bool:
+        """Whether a charge that counts was made for one of some units."""
+        if not hashes:
+            return False
+        paid = self._db.execute(
+            "SELECT DISTINCT s.key FROM unit_sets s JOIN entries e ON e.unit_set = s.digest WHERE e.population = ?"
+            " AND e.state = 'RESERVED' AND e.reservation NOT IN (SELECT reservation FROM entries WHERE state = 'VOID')",
+            (population,),
+        ).fetchall()
+        keys = {key for (key,) in paid}
+        return bool(keys) and any(p & keys for p in self._overlaps.patterns(self._db, UnitSet.of(population, hashes)))
 
     def _check_reason(self, reason: str) -> None:
         if not reason.strip():

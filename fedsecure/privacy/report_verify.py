@@ -46,11 +46,14 @@ class Verdict:
         signatures: site → whether its part of the report is signed by its own key; ``"unchecked"`` without a verifier.
         figures: how many figures and sentences were computed again.
         findings: a sentence for each that is not what the events give.
+        absent: of a network's report, training sites of the run whose part is not in it. The network's ε is the largest
+            of those that are.
     """
 
     signatures: Mapping[str, Signature]
     figures: int
     findings: tuple[str, ...]
+    absent: tuple[str, ...] = ()
 
     @property
     def consistent(self) -> bool:
@@ -176,6 +179,7 @@ def verify_report(report: Mapping[str, Any], *, verify: Verifier | None = None) 
     check_format(report, "the JSON")
     check = _Check()
     sites: list[Mapping[str, Any]] = []
+    absent: tuple[str, ...] = ()
     try:
         sites = list(report["sites"]) if report["kind"] == "network" else [report]
         for site in sites:
@@ -183,6 +187,8 @@ def verify_report(report: Mapping[str, Any], *, verify: Verifier | None = None) 
         names = [str(site["site"]) for site in sites]
         check.same(len(set(names)), len(names), "number of different sites")
         if report["kind"] == "network":
+            declared = {name for site in sites for name in site["mechanism"]["declared_units"]}
+            absent = tuple(sorted(declared - set(names)))
             expected = network_report(sites)
             if report["schema_version"] == 1:
                 expected = {key: value for key, value in expected.items() if key in report} | {"schema_version": 1}
@@ -196,7 +202,7 @@ def verify_report(report: Mapping[str, Any], *, verify: Verifier | None = None) 
     # What a network's report says of its own follows from its sites, but for an audit: somebody has to stand for that.
     if report["kind"] == "network" and ("signature" in report or report.get("audit")):
         signatures["network"] = _signature(report, verify)
-    return Verdict(signatures, check.figures, tuple(check.findings[:_MOST_FINDINGS]))
+    return Verdict(signatures, check.figures, tuple(check.findings[:_MOST_FINDINGS]), absent)
 
 
 class _Check:

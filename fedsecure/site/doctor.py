@@ -34,6 +34,7 @@ from fedsecure.privacy.ledger import Ledger
 from fedsecure.site.line import PROTOCOL
 from fedsecure.site.membership import (
     check_budget,
+    check_evaluation_budget,
     check_identity,
     check_settings,
     checked_plan,
@@ -285,6 +286,7 @@ class Examination:
             file = config.ledger if config.ledger.exists() else Path(folder) / "ledger.db"
             with Ledger(file) as ledger:
                 after = check_budget(settings, plan, config=config, ledger=ledger, run=self.run)
+                check_evaluation_budget(settings, self.entry, config=config, ledger=ledger, run=self.run)
         return f"this run would take ε to {after:.2f} of {config.policy.max_epsilon:g}"
 
 

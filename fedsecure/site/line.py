@@ -34,7 +34,7 @@ _SESSIONS = 5
 # The attempt, or its phase, is over at the aggregator: what becomes of it comes as the next directive.
 _OVER = ("FS-1325", "FS-1706")
 # Reasons that have nothing to do with any record, so others may hear them.
-_PUBLIC_REASONS = ("FS-10", "FS-120", "FS-122", "FS-1270", "FS-13", "FS-14")
+_PUBLIC_REASONS = ("FS-10", "FS-120", "FS-122", "FS-1270", "FS-1273", "FS-13", "FS-14")
 # But for these, which are about values or patients.
 _PRIVATE_REASONS = ("FS-1207", "FS-1229")
 

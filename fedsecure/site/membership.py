@@ -10,15 +10,18 @@ import os
 from dataclasses import dataclass
 
 from fedsecure.config import DatasetConfig, RunSettings, SiteConfig, SiteEntry
-from fedsecure.errors import ConfigError, ProtocolError
+from fedsecure.errors import ConfigError, PrivacyError, ProtocolError
 from fedsecure.identity.provision import Identity
 from fedsecure.learning.features import SiteFeatures
+from fedsecure.messages import Population
 from fedsecure.methods.agenda import starting_state
 from fedsecure.methods.base import ServerState, TrainingMethod
 from fedsecure.methods.cohorts import check_roles, cohort_of
 from fedsecure.methods.constants import run_constants
+from fedsecure.methods.evaluate import count_events
 from fedsecure.methods.registry import load_training_method
 from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.payers import Payers
 from fedsecure.privacy.plan import PrivacyPlan, paid_by
 from fedsecure.site.line import Moment, Progress
 from fedsecure.wire import federation_pb2 as pb
@@ -87,6 +90,7 @@ def accept_welcome(
     plan = checked_plan(settings, method)
     if entry.role == "train":
         check_budget(settings, plan, config=config, ledger=ledger, run=run)
+    check_evaluation_budget(settings, entry, config=config, ledger=ledger, run=run)
     start = starting_state(settings)
     progress(Moment(f"joined {settings.name}"))
     features = run_constants(
@@ -168,16 +172,64 @@ def checked_plan(settings: RunSettings, method: TrainingMethod) -> PrivacyPlan:
     return plan
 
 
-def check_budget(settings: RunSettings, plan: PrivacyPlan, *, config: SiteConfig, ledger: Ledger, run: bytes) -> float:
-    """Refuse a run that cannot fit this site's budget before anything is charged; returns ε after it."""
+def check_budget(
+    settings: RunSettings,
+    plan: PrivacyPlan,
+    *,
+    config: SiteConfig,
+    ledger: Ledger,
+    run: bytes,
+    units: Payers | None = None,
+) -> float:
+    """Refuse a run that cannot fit this site's budget before anything is charged; returns ε after it.
+
+    ``units``: of the training set. Without them, which no data set is opened for, what they have paid under another
+    name is not seen.
+    """
     train = training_section(config)
+    _check_delta(config, plan.units[config.site], train.name)
     # After a restart in the middle of a run, the rounds charged before are spent, not ahead.
-    mine = {e.round for e in ledger.history(train.name, "train") if e.run == run.hex()}
-    ahead = paid_by(config.site, plan.events_of(max(0, plan.asked - len(mine))), settings)
+    mine = _charged_rounds(ledger, train.name, "train", run)
+    ahead = paid_by(config.site, plan.events_of(max(0, plan.asked - mine)), settings)
     return ledger.afford(
         dataset=train.name,
         population="train",
         events=ahead,
         limit_epsilon=config.policy.max_epsilon,
         delta=config.policy.delta,
+        units=units,
     )
+
+
+def check_evaluation_budget(
+    settings: RunSettings, entry: SiteEntry, *, config: SiteConfig, ledger: Ledger, run: bytes
+) -> None:
+    """The same for a private evaluation set: all evaluations of the run fit, or none is begun."""
+    section = config.evaluation
+    if section is None or entry.evaluation_units == 0 or entry.evaluation_public:
+        return
+    _check_delta(config, entry.evaluation_units, section.name)
+    ahead = max(0, len(settings.evaluation.when) - _charged_rounds(ledger, section.name, "evaluation", run))
+    ledger.afford(
+        dataset=section.name,
+        population="evaluation",
+        events=count_events(settings) * ahead,
+        limit_epsilon=config.policy.max_evaluation_epsilon,
+        delta=config.policy.delta,
+    )
+
+
+def _check_delta(config: SiteConfig, units: int, dataset: str) -> None:
+    """A limit at a δ that gives whole units away is none."""
+    delta = config.policy.delta
+    if delta * units >= 1:
+        raise PrivacyError(
+            "FS-1273",
+            f"[policy] delta = {delta:g} in this site's file, with up to {units} units in {dataset!r}",
+            expected=f"δ below 1/{units}, better below 1/{10 * units}",
+            cure="choose a smaller delta in the site's file",
+        )
+
+
+def _charged_rounds(ledger: Ledger, dataset: str, population: Population, run: bytes) -> int:
+    return len({e.round for e in ledger.history(dataset, population) if e.run == run.hex()})

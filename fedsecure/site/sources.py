@@ -6,8 +6,9 @@ identifiers alone, and one to read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from fedsecure.config import DatasetConfig
 from fedsecure.data.dataset import Dataset
@@ -19,9 +20,10 @@ from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import Population
 from fedsecure.privacy.ledger import Ledger, Reservation
 from fedsecure.privacy.noise import PrivacyRng
+from fedsecure.privacy.payers import Names, Payers, payers
 from fedsecure.release import Door, Source
 from fedsecure.site.line import Moment, Progress
-from fedsecure.site.membership import Membership
+from fedsecure.site.membership import Membership, check_budget, training_section
 
 
 @dataclass(slots=True)
@@ -33,8 +35,9 @@ class Sources:
     rng: PrivacyRng
     progress: Progress
     _loaded: dict[Population, tuple[Dataset | None, UnitFeatures]] = field(default_factory=dict)
-    _hashes: dict[Population, tuple[Dataset | None, Sequence[bytes]]] = field(default_factory=dict)
+    _hashes: dict[Population, tuple[Dataset | None, Payers]] = field(default_factory=dict)
     _seen: dict[Population, frozenset[str]] = field(default_factory=dict)
+    _affordable: bool = False
 
     def door(
         self,
@@ -67,6 +70,8 @@ class Sources:
                     self._loader(population, section, given[population]),
                     self._hasher(population, section, given[population]),
                 )
+        if "train" in sources and not self._affordable:
+            self._check_run(sources["train"], given=dataset is not None)
         return Door(
             config=config,
             settings=member.settings,
@@ -78,6 +83,25 @@ class Sources:
             run=member.run,
             told=told,
         )
+
+    def _check_run(self, train: Source, *, given: bool) -> None:
+        """Before the first charge of a run: all its rounds fit what these very units have left, under any name.
+
+        Where records come from the caller and not from the site's file, that is known with the first of them only.
+        """
+        member = self.member
+        if not given and not training_section(member.config).path.exists():
+            return
+        assert train.hashes is not None
+        check_budget(
+            member.settings,
+            member.plan,
+            config=member.config,
+            ledger=self.ledger,
+            run=member.run,
+            units=train.hashes(),
+        )
+        self._affordable = True
 
     def _open(self, section: DatasetConfig, given: Dataset | None) -> Dataset:
         return given if given is not None else open_dataset(section, classes=self.member.settings.classes)
@@ -102,12 +126,10 @@ class Sources:
                 cure="build the data set with the run's classes",
             )
 
-    def _hasher(
-        self, population: Population, section: DatasetConfig, given: Dataset | None
-    ) -> Callable[[], Sequence[bytes]]:
-        """Who pays: every patient of the data set; where patients are unknown, every record of that place."""
+    def _hasher(self, population: Population, section: DatasetConfig, given: Dataset | None) -> Callable[[], Payers]:
+        """Who pays: every patient of the data set, and every record by its place and its file."""
 
-        def hashes() -> Sequence[bytes]:
+        def hashes() -> Payers:
             earlier = self._hashes.get(population)
             if earlier is None or earlier[0] is not given:
                 records = self._open(section, given)
@@ -115,14 +137,9 @@ class Sources:
                 # Before anything is charged: reading would refuse it as well, and too late.
                 check_patients(records, self.member.settings.privacy.unit)
                 self._check_count(population, records)
-                place = _place(section)
-                patients = records.patient_ids
-                ids = (
-                    [f"patient/{name}" for name in dict.fromkeys(patients)]
-                    if patients is not None
-                    else [f"record/{place}/{name}" for name in records.record_ids]
-                )
-                earlier = self._hashes[population] = given, self.ledger.hash_units(ids, population)
+                names = _names(records, place=_place(section), given=given is not None)
+                unit = self.member.settings.privacy.unit
+                earlier = self._hashes[population] = given, payers(names, population, unit=unit, key=self.ledger.key)
             return earlier[1]
 
         return hashes
@@ -191,6 +208,27 @@ class Sources:
                 cure=f"split by {what}, for instance with `holdout` and `part`",
             )
         self._seen[population] = mine
+
+
+def _names(records: Dataset, *, place: str, given: bool) -> Names:
+    files = getattr(records, "paths", None)
+    rows = [f"record/{place}/{name}" for name in records.record_ids]
+    return Names(
+        patients=[f"patient/{name}" for name in dict.fromkeys(records.patient_ids or ())],
+        records=[*([] if given else rows), *([] if files is None else _files(files))],
+        rows=rows if given else (),
+    )
+
+
+def _files(paths: Iterable[Path]) -> Iterator[str]:
+    """A name for each file that is the same by whatever link or relative path it is reached."""
+    folders: dict[Path, Path] = {}
+    for path in paths:
+        folder = folders.get(path.parent)
+        if folder is None:
+            folder = folders[path.parent] = path.parent.resolve()
+        # To resolve each file by itself would look at every folder above it once for each.
+        yield f"file/{path.resolve() if path.is_symlink() else folder / path.name}"
 
 
 def _place(section: DatasetConfig) -> str:

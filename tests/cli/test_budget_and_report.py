@@ -14,6 +14,7 @@ from federation_world import World
 from fedsecure.identity import keys
 from fedsecure.messages import Event
 from fedsecure.privacy.ledger import Ledger
+from fedsecure.privacy.report import network_report
 from fedsecure.privacy.report_verify import PURPOSE, signed_body
 
 DIGEST = hashlib.sha256(b"question").digest()
@@ -116,6 +117,10 @@ def test_a_signed_report_is_verified_against_the_roster(command: Command, tmp_pa
     status, told = verify(signed | {"epsilon": 0.5})
     assert status == 1
     assert "epsilon is 0.5" in told
+    status, told = verify(network_report([signed]), *roster)
+    assert status == 1
+    assert "site-2: trained in this run, and its part is missing" in told
+    assert verify(network_report([signed]), *roster, "--partial")[0] == 0
 
 
 def test_an_audit_is_attached_and_signed_anew(command: Command, tmp_path: Path) -> None:

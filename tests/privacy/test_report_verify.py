@@ -57,6 +57,16 @@ def test_a_signed_report_holds_and_survives_its_file(signed: dict[str, Any], tmp
     assert verdict.figures > 100
 
 
+def test_a_network_without_one_of_its_training_sites_is_said_to_be_partial(tmp_path: Path) -> None:
+    whole = network(tmp_path)
+    parts = [sign(site) for site in whole["sites"]]
+    assert check(network_report(parts)).absent == ()
+    for site in ("north", "south", "west"):
+        verdict = check(network_report([part for part in parts if part["site"] != site]))
+        assert verdict.absent == (site,)
+        assert verdict.ok, "what is there is as it should be"
+
+
 @pytest.mark.parametrize(
     "privacy", [{"sampling_rate": 0.3, "noise_multiplier": 2.0}, {"noise": "local"}, {"unit": "record"}]
 )

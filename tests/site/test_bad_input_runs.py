@@ -18,12 +18,12 @@ import pytest
 from federation_world import World
 
 from fedsecure.client import Client
-from fedsecure.config import DatasetConfig
+from fedsecure.config import DatasetConfig, PolicyConfig
 from fedsecure.errors import ConfigError, LedgerError, PrivacyError, RunError
 from fedsecure.messages import Event
 from fedsecure.privacy import ledger_store
+from fedsecure.privacy.accounting import calibrate
 from fedsecure.privacy.ledger import Ledger
-from fedsecure.release import Door
 from fedsecure.site import sources
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
@@ -71,14 +71,14 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def together(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No site goes through its door before the others are there."""
-    real, barrier = Door.release, threading.Barrier(3)
+    """No site comes to its door before the others are there."""
+    real, barrier = sources.Sources.door, threading.Barrier(3)
 
-    def release(door: Door, *arguments: Any, **options: Any) -> Any:
+    def door(site: sources.Sources, *arguments: Any, **options: Any) -> Any:
         barrier.wait(60.0)
-        return real(door, *arguments, **options)
+        return real(site, *arguments, **options)
 
-    monkeypatch.setattr(Door, "release", release)
+    monkeypatch.setattr(sources.Sources, "door", door)
 
 
 def charge(ledger: Ledger, name: str, *, units: Any = None, run: str = "f" * 32, event: Event = EVENT) -> None:
@@ -180,6 +180,54 @@ def test_a_changed_data_set_under_the_same_name(world: World, read: list[str], t
 
     stopped_with("FS-1265", world, joined=joined)
     assert read == []
+
+
+def nearly_spent(client: Client, *, units: Any) -> None:
+    """A charge under another name that leaves no room for the run."""
+    z = calibrate(0.999 * client.config.policy.max_epsilon, client.config.policy.delta, steps=1)
+    charge(client.ledger, "another", units=units, event=Event("train", "training", z, z))
+
+
+@pytest.mark.parametrize("evaluated", [False, True])
+def test_records_that_have_paid_under_another_name(
+    tmp_path: Path, world: World, read: list[str], together: None, evaluated: bool
+) -> None:
+    """What is left is too little for the whole run, which is seen before its first charge, of an evaluation too."""
+    if evaluated:
+        folder = tmp_path / "evaluated"
+        folder.mkdir()
+        world = World(folder, rounds=1, public_evaluation=False)
+
+    def joined(client: Client, name: str) -> None:
+        assert client.config.train is not None
+        nearly_spent(client, units=client._sources._hasher("train", client.config.train, None)())
+
+    stopped_with("FS-1201", world, joined=joined)
+    assert read == []
+
+
+def test_evaluations_that_do_not_fit_are_seen_when_joining(tmp_path: Path, read: list[str]) -> None:
+    world = World(tmp_path, rounds=1, public_evaluation=False)
+    world.start()
+    policy = PolicyConfig(max_epsilon=8.0, unit="record", max_evaluation_epsilon=0.5)
+    with pytest.raises(PrivacyError, match="FS-1201"), world.client("site-1", changes={"policy": policy}):
+        pass
+    assert rows(world)["site-1"] == read == []
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["training", "evaluation"])
+def test_a_site_whose_own_delta_gives_units_away(tmp_path: Path, read: list[str], private: bool) -> None:
+    world = World(tmp_path, rounds=1, public_evaluation=not private)
+    if private:
+        entries = {n: e.model_copy(update={"evaluation_units": 500}) for n, e in world.settings.sites.items()}
+        world.settings = world.settings.model_copy(update={"sites": entries})
+    world.start()
+    policy = PolicyConfig(
+        max_epsilon=8.0, unit="record", max_evaluation_epsilon=8.0, delta=1 / (500 if private else 30)
+    )
+    with pytest.raises(PrivacyError, match="FS-1273"), world.client("site-1", changes={"policy": policy}):
+        pass
+    assert rows(world)["site-1"] == read == []
 
 
 # --- where the ledger lies --------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ def hashes(folder: Path, lines: list[str], *, unit: str, ledger: Ledger) -> list
         (folder / name).touch()
     (folder / "scans.csv").write_text("\n".join(lines))
     section = DatasetConfig(name="scans", path=folder / "scans.csv")
-    return list(sources_of(ledger, unit)._hasher("train", section, None)())
+    return list(sources_of(ledger, unit)._hasher("train", section, None)().units)
 
 
 def sources_of(ledger: Ledger, unit: str) -> Sources:
@@ -43,7 +43,9 @@ def ledger(tmp_path: Path) -> Any:
 
 def test_patients_pay_for_all_their_images(tmp_path: Path, ledger: Ledger) -> None:
     lines = ["file,label,patient", "1.png,cat,P1", "2.png,eel,P1"]
-    assert hashes(tmp_path, lines, unit="patient", ledger=ledger) == ledger.hash_units(["patient/P1"])
+    found = hashes(tmp_path, lines, unit="patient", ledger=ledger)
+    assert found[:1] == ledger.hash_units(["patient/P1"])
+    assert len(found) == 5, "and each image by its place and its file"
 
 
 @pytest.mark.parametrize("column", ["patient_id", "Patient", "subject"])
@@ -55,7 +57,7 @@ def test_a_unit_column_of_another_name_is_refused_before_the_charge(
     with pytest.raises(PrivacyError, match="FS-1246"):
         hashes(tmp_path, lines, unit="patient", ledger=ledger)
     assert ledger.head() == head
-    assert len(hashes(tmp_path, lines, unit="record", ledger=ledger)) == 2
+    assert len(hashes(tmp_path, lines, unit="record", ledger=ledger)) == 4
 
 
 def test_a_patient_without_images_is_refused_before_the_charge(tmp_path: Path, ledger: Ledger) -> None:
@@ -83,7 +85,7 @@ def test_no_item_of_a_torch_data_set_is_fetched_before_the_charge(tmp_path: Path
     dataset = from_torch(items, classes=("cat", "eel"), patients=("P1", "P1", "P2"), name="scans")
     section = DatasetConfig(name="scans", path=tmp_path / "nowhere")
     found = sources_of(ledger, unit)._hasher("train", section, dataset)()
-    assert found == ledger.hash_units(["patient/P1", "patient/P2"])
+    assert list(found.units[:2]) == ledger.hash_units(["patient/P1", "patient/P2"])
     assert items.fetched == 0
     assert dataset.labels.tolist() == [0, 1, 0]
     assert items.fetched == 3
@@ -107,5 +109,6 @@ def test_only_the_patients_of_a_feature_file_are_read_before_the_charge(
     monkeypatch.setattr(features, "_read", watched)
     section = DatasetConfig(name="scans", path=file, rows=rows)
     found = sources_of(ledger, "patient")._hasher("train", section, None)()
-    assert found == ledger.hash_units([f"patient/{name}" for name in (["P2"] if rows else ["P1", "P2", "P3"])])
+    patients = [f"patient/{name}" for name in (["P2"] if rows else ["P1", "P2", "P3"])]
+    assert list(found.units[: len(patients)]) == ledger.hash_units(patients)
     assert {key for key in read if key.startswith("train_")} == {"train_patient"}
