@@ -25,7 +25,7 @@ from typing import Any
 
 from fedsecure.cli.display import out, show_error
 from fedsecure.cli.simulated import simulation_progress
-from fedsecure.errors import ConfigError, FedsecureError
+from fedsecure.errors import ConfigError, FedsecureError, ModelError
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation.clip2fl import (
     NAMES,
@@ -33,6 +33,7 @@ from fedsecure.simulation.clip2fl import (
     WHY,
     ZERO_SHOT,
     Settings,
+    check_public,
     run_published,
     run_zero_shot,
     scores_of_adapter,
@@ -72,7 +73,12 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", default="train", help="splits of --features to train on")
     parser.add_argument("--test", default="test", help="split of --features to test on")
     parser.add_argument("--public", default="val", help="split of --features with public records")
-    parser.add_argument("--public-each", type=int, default=5, help="public records of each class")
+    parser.add_argument(
+        "--public-each",
+        type=int,
+        default=5,
+        help="public records of each class; with 0 none, and sets of the papers' sizes",
+    )
     parser.add_argument("--held-out", type=int, default=0, help="of DIR/public: so many of each class, 0 for all")
     parser.add_argument("--centre", default="none", help="public mean of --features; as fedsecure simulate")
     parser.add_argument("--method", help="default: all that are published (at ε = inf) and installed")
@@ -126,16 +132,23 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     epsilons = numbers("--epsilon", options.epsilon)
     private, published = chosen_methods(options, epsilons)
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
+    if options.seeds < 1:
+        raise ConfigError("FS-1010", f"--seeds {options.seeds}", expected="at least 1", cure="leave it out for 3")
     with simulation_progress(live=True) as watch:
         tails = prepare(options, watch)
+        for name in published:
+            check_public(tails(0), name)
         rows: list[dict[str, Any]] = []
+        diverged: list[str] = []
         for seed in range(options.seeds):
-            rows += run_all_published(options, tails(seed), published, settings, seed=seed, watch=watch)
+            rows += run_all_published(
+                options, tails(seed), published, settings, seed=seed, watch=watch, diverged=diverged.append
+            )
             for name in private:
                 rows += run_privately(options, tails(seed), name, epsilons, seed=seed, watch=watch)
     order = {name: place for place, name in enumerate((*NAMES, *private))}
     rows.sort(key=lambda row: (order[row["method"]], row["epsilon"], row["seed"]))
-    return write(options, rows, tails(0))
+    return {**write(options, rows, tails(0), diverged), "diverged": diverged}
 
 
 def prepare(options: argparse.Namespace, watch: Watch) -> Callable[[int], LongTail]:
@@ -183,8 +196,9 @@ def run_all_published(
     *,
     seed: int,
     watch: Watch,
+    diverged: Callable[[str], None],
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a seed: the methods of one trunk share its training."""
+    """Rows of a seed: the methods of one trunk share its training. One that diverges has none, and the others go on."""
     partition = f"{options.partition}:{options.alpha:g}"
     if ZERO_SHOT in names:
         yield run_zero_shot(tail, seed=seed, partition=partition)
@@ -192,17 +206,25 @@ def run_all_published(
     kept = open_results(options.out / "published") if trunks else None
     for done, trunk in enumerate(trunks):
         assert kept is not None
-        yield from run_published(
-            tail,
-            trunk,
-            [name for name in names if TRUNK_OF.get(name) == trunk],
-            out=kept,
-            seed=seed,
-            reason=options.no_privacy,
-            partition=partition,
-            settings=settings,
-            watch=in_cell(watch, done, len(trunks), f"{trunk}, seed {seed}"),
-        )
+        here = [name for name in names if TRUNK_OF.get(name) == trunk]
+        try:
+            found = run_published(
+                tail,
+                trunk,
+                here,
+                out=kept,
+                seed=seed,
+                reason=options.no_privacy,
+                partition=partition,
+                settings=settings,
+                watch=in_cell(watch, done, len(trunks), f"{trunk}, seed {seed}"),
+            )
+        except ModelError as error:
+            if error.code != "FS-1694":
+                raise
+            diverged(f"{', '.join(here)}, seed {seed}: {error.found}")
+        else:
+            yield from found
 
 
 def run_privately(
@@ -230,13 +252,15 @@ def run_privately(
     )
     rows = []
     for row in simulate(chosen, watch=watch)["rows"]:
-        groups = scores_of_adapter(tail, chosen.out / "adapters" / f"{row['cell']}.safetensors")
-        partition = f"{options.partition}:{options.alpha:g}"
-        rows.append({**row, "seed": seed, "partition": partition, "groups": groups, "balanced_accuracy": groups["all"]})
+        scores = scores_of_adapter(tail, chosen.out / "adapters" / f"{row['cell']}.safetensors")
+        partition, overall = f"{options.partition}:{options.alpha:g}", scores["groups"]["all"]
+        rows.append({**row, "seed": seed, "partition": partition, **scores, "balanced_accuracy": overall})
     return rows
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]], tail: LongTail) -> dict[str, Any]:
+def write(
+    options: argparse.Namespace, rows: list[dict[str, Any]], tail: LongTail, diverged: Sequence[str]
+) -> dict[str, Any]:
     """``results.csv`` one line a run, ``results.md`` the means, and the plot."""
     columns = [f"{group}{where}" for where in ("", " public") for group in GROUPS]
     flat = []
@@ -244,10 +268,10 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], tail: LongTai
         shown = {group: row["groups"][group] for group in GROUPS}
         chosen = {f"{group} public": row.get("public", {}).get(group) for group in GROUPS}
         flat.append({**row, **shown, **chosen})
-    return write_results(options.out, flat, heading=heading(options, tail), columns=columns, extra=columns)
+    return write_results(options.out, flat, heading=heading(options, tail, diverged), columns=columns, extra=columns)
 
 
-def heading(options: argparse.Namespace, tail: LongTail) -> str:
+def heading(options: argparse.Namespace, tail: LongTail, diverged: Sequence[str]) -> str:
     given = " ".join(["python examples/clip2fl.py", *sys.argv[1:]])
     return (
         f"# CLIP2FL, {(options.data or options.features).name}\n\n"
@@ -256,6 +280,7 @@ def heading(options: argparse.Namespace, tail: LongTail) -> str:
         f"the rarest; {group_bounds(tail)}. {REPORTED}\n"
         "Means ± standard deviation over seeds, last round throughout; a class counts as much as any other. What is\n"
         "published is not private; public records may choose settings and the test set never does.\n"
+        + "".join(f"\nDiverged, and so without a row: {which}.\n" for which in diverged)
     )
 
 
@@ -266,7 +291,7 @@ def main(given: Sequence[str] | None = None) -> int:
         show_error(error)
         return 1
     out.print(result["page"], highlight=False, markup=False, soft_wrap=True)
-    return 0
+    return 1 if result["diverged"] else 0
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from typing import Any
 
 from fedsecure.cli.display import err, out, show_error
 from fedsecure.cli.simulated import simulation_progress
+from fedsecure.config import default_rounds
 from fedsecure.errors import ConfigError, FedsecureError
 from fedsecure.methods.base import TrainingMethod
-from fedsecure.methods.recommend import ROUNDS
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone, reference
 from fedsecure.simulation.folders import Experiment, from_pool, lay_out_experiment, read_folders
@@ -195,7 +195,7 @@ def prepare(
             min_survivors=options.min_survivors,
             local_steps=options.local_steps if noises == ("local",) else 1,
             # A method of one release has one round, whatever the others have.
-            rounds=None if ROUNDS.get(method) == 1 else options.rounds,
+            rounds=None if default_rounds(method) == 1 else options.rounds,
         )
 
     if options.features is not None:

@@ -272,6 +272,7 @@ class Door:
                         limit_epsilon=limit,
                         delta=limits.delta,
                         units=source.hashes() if source.hashes is not None else None,
+                        seeded=self.rng.seeded,
                     )
                 except PrivacyError:
                     for earlier in reservations:

@@ -292,6 +292,12 @@ def show_budget(rows: Sequence[Mapping[str, Any]], *, delta: float) -> None:
         )
     out.print(table)
     _say("fit more: how many more charges like the last one keep within the limit", style="dim")
+    for row in rows:
+        if row["seeded"]:
+            _say(
+                f"{row['dataset']}, {row['population']} units: {row['seeded']} of {row['releases']} releases had noise "
+                "from a seed; whoever knows it can subtract it, and their ε promises nothing", style="red",
+            )  # fmt: skip
     if any(row["limit_epsilon"] is None for row in rows):
         _say("no limit in the ledger: the policy in site.toml decides (--max-epsilon reckons with it)", style="dim")
 

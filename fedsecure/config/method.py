@@ -93,12 +93,17 @@ class AlignmentConfig(Section):
         return self
 
 
+def default_rounds(method: str) -> int:
+    """20; the attention module takes longer ways in short steps, and a method of one release takes one."""
+    return {"facmic": 60, "prototypes": 1, "ridge": 1}.get(method, 20)
+
+
 class MethodConfig(Section):
     """Which federated method trains, and its public settings.
 
     Attributes:
         name: an installed method (entry point group ``fedsecure.methods``).
-        rounds: communication rounds.
+        rounds: communication rounds; where none are named, as many as suit the method (:func:`default_rounds`).
         local_steps: gradient steps a site takes per round (``noise="local"``); one with distributed noise.
         learning_rate: ``"auto"`` follows the predicted signal-to-noise.
         temperature: τ of the logits; ``"auto"`` is the adapter's own default.
@@ -121,6 +126,14 @@ class MethodConfig(Section):
     views: Annotated[int, Field(ge=1, le=32)] = 1
     alignment: AlignmentConfig = AlignmentConfig()
     clip2fl: Clip2flConfig = Clip2flConfig()
+
+    @model_validator(mode="after")
+    def _choose_rounds(self) -> Self:
+        if "rounds" not in self.model_fields_set:
+            # Written out in every copy, so that no other release takes another number.
+            self.__dict__["rounds"] = default_rounds(self.name)
+            self.model_fields_set.add("rounds")
+        return self
 
     @model_validator(mode="after")
     def _check_first_round(self) -> Self:

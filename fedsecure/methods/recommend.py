@@ -12,7 +12,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from fedsecure.config import AGGREGATOR_KEYS, PrivacyConfig, RunSettings, default_delta, parse_settings, read_toml
+from fedsecure.config import (
+    AGGREGATOR_KEYS,
+    PrivacyConfig,
+    RunSettings,
+    default_delta,
+    default_rounds,
+    parse_settings,
+    read_toml,
+)
 from fedsecure.errors import ConfigError, PrivacyError
 from fedsecure.learning.adapters import AdapterSpec
 from fedsecure.learning.moments import Moments
@@ -29,8 +37,8 @@ CLIP_NORM = 0.1
 LEAST_SIGNAL, AMPLE_SIGNAL = 3.0, 150.0
 # Next to nothing can be learnt about a class.
 _NO_SIGNAL = 0.5
-# Training rounds of each method where nothing else is said.
-ROUNDS: Mapping[str, int] = {"linear": 20, "facmic": 60, "prototypes": 1, "ridge": 1}
+# The methods that are weighed.
+WEIGHED = ("linear", "facmic", "prototypes", "ridge")
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +232,7 @@ def recommend(numbers: Numbers) -> Recommendation:
     """
     planned: list[Candidate] = []
     wraps: PrivacyError | None = None
-    for method in ROUNDS:
+    for method in WEIGHED:
         for noise in ("distributed", "local"):
             try:
                 planned.append(_candidate(numbers, method, noise))
@@ -263,7 +271,7 @@ def _preference(signal: float) -> list[tuple[str, Noise]]:
 
 
 def _candidate(numbers: Numbers, method: str, noise: Noise) -> Candidate:
-    once = ROUNDS[method] == 1
+    once = default_rounds(method) == 1
     adapter = AdapterSpec("facmic" if method == "facmic" else "linear", numbers.dimension, numbers.classes)
     share = GRAM_SHARE if method == "ridge" else 0.0
     released = Moments(numbers.classes, numbers.dimension, share).length if once else adapter.parameters
@@ -272,9 +280,9 @@ def _candidate(numbers: Numbers, method: str, noise: Noise) -> Candidate:
         values |= {"sampling_rate": 1.0, "spare_attempts": 0}
     if once or noise == "local":
         values.pop("ring_bits", None)
-    asked = -(-ROUNDS[method] * numbers.cohort.sites // len(numbers.units))
+    asked = -(-default_rounds(method) * numbers.cohort.sites // len(numbers.units))
     plan = Privacy(**values).plan(
-        parameters=released, units=numbers.units, rounds=ROUNDS[method], cohort=numbers.cohort, asked=asked
+        parameters=released, units=numbers.units, rounds=default_rounds(method), cohort=numbers.cohort, asked=asked
     )
     signal = plan.sum_mu * sum(numbers.units.values()) / numbers.classes
     least = numbers.privacy.minimum_signal_to_noise
@@ -284,7 +292,7 @@ def _candidate(numbers: Numbers, method: str, noise: Noise) -> Candidate:
     return Candidate(
         method=method,
         noise=noise,
-        rounds=ROUNDS[method],
+        rounds=default_rounds(method),
         parameters=adapter.parameters,
         released=released,
         noise_multiplier=plan.noise_multiplier,

@@ -16,6 +16,7 @@ from fedsecure.privacy.ledger import MARGIN, POPULATIONS, Ledger
 from fedsecure.privacy.ledger_file import Limit
 from fedsecure.privacy.ledger_head import parse_head
 from fedsecure.privacy.report_figures import remaining
+from fedsecure.privacy.report_text import SEEDED
 
 _MOST_LEFT = 1 << 20
 
@@ -32,7 +33,7 @@ def show(ledger: Path | str, *, delta: float = 1e-5, max_epsilon: float | None =
         Rows of ``dataset``, ``population``, ``epsilon`` (of the unit that has paid most, under any name),
         ``releases`` charged under this name, ``limit_epsilon``, ``limit_delta``, ``remaining`` and ``releases_left``:
         how many more releases like the last one fit the limit. The last four are ``None`` where there is no limit; a
-        site's policy may be stricter.
+        site's policy may be stricter. ``seeded``: how many of the releases had noise from a seed, which hides nothing.
 
     Raises:
         LedgerError: FS-1261 there is no file; others as for :class:`Ledger`.
@@ -61,6 +62,7 @@ def show(ledger: Path | str, *, delta: float = 1e-5, max_epsilon: float | None =
                         "population": population,
                         "epsilon": opened.epsilon(dataset, population, delta),
                         "releases": len(paid),
+                        "seeded": sum(entry.reason == SEEDED for entry in paid),
                         "limit_epsilon": limit.epsilon if limit else None,
                         "limit_delta": limit.delta if limit else None,
                         "remaining": remaining(spent, epsilon=limit.epsilon, delta=limit.delta) if limit else None,

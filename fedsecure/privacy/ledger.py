@@ -31,6 +31,7 @@ from fedsecure.privacy.ledger_file import (
 from fedsecure.privacy.ledger_head import Head
 from fedsecure.privacy.ledger_store import LedgerStore
 from fedsecure.privacy.payers import Payers, hash_names, other
+from fedsecure.privacy.report_text import SEEDED
 from fedsecure.privacy.unit_sets import Account, Charge, Overlaps, UnitSet, accounts, store_set
 
 POPULATIONS: tuple[Population, ...] = ("train", "evaluation")
@@ -84,6 +85,7 @@ class Ledger(LedgerStore):
         limit_epsilon: float,
         delta: float,
         units: Sequence[bytes] | Payers | None = None,
+        seeded: bool = False,
     ) -> Reservation:
         """Charge a data set before it is read. When this returns, the charge survives a crash of the machine.
 
@@ -97,6 +99,7 @@ class Ledger(LedgerStore):
             delta: δ at which the limit holds.
             units: *all* units the data set holds, sampled or not: :class:`Payers`, or :meth:`hash_units` of them.
                 ``None`` charges the name.
+            seeded: the noise comes from a seed and protects nobody, which the row then says.
 
         Raises:
             BudgetExceeded: FS-1201, with projected ε, spent ε and limit; nothing was charged.
@@ -136,6 +139,7 @@ class Ledger(LedgerStore):
                 events=encode_events(events),
                 query_sha256=query_digest.hex(),
                 unit_set="" if whose is None else whose.digest,
+                reason=SEEDED if seeded else "",
             )
         return reservation
 

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from fedsecure.config import default_rounds
 from fedsecure.data.dataset import Features, Labels
 from fedsecure.errors import ConfigError
 from fedsecure.learning.adapters import AdapterSpec, Vector
@@ -27,12 +28,11 @@ from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import IMAGE_PRIOR, prior_of_images, suggest, train_locally
 from fedsecure.learning.units import UnitFeatures, group_units
 from fedsecure.methods.descent import AdapterDescent
-from fedsecure.methods.recommend import CLIP_NORM, ROUNDS
+from fedsecure.methods.recommend import CLIP_NORM
 from fedsecure.methods.registry import load_training_method
 from fedsecure.privacy.accounting import mu_for_epsilon
 from fedsecure.privacy.plan import TOKEN_NOISE
 from fedsecure.simulation.folders import Experiment, Part
-from fedsecure.simulation.placing import FEW_ROUNDS
 from fedsecure.simulation.reference import Scores, mean_score, score, zero_shot
 from fedsecure.simulation.simulate import read_row, write_row
 
@@ -87,7 +87,7 @@ def run_alone(
         ConfigError: FS-1010 as :func:`trained_alone`.
     """
     method = trained_alone(name)
-    steps = ROUNDS.get(method.name, FEW_ROUNDS) if rounds is None else rounds
+    steps = default_rounds(method.name) if rounds is None else rounds
     facts = [name, method.version, experiment.digest, partition, seed, steps, str(epsilon), delta]
     key = hashlib.sha256(b"fedsecure/alone/v1\0" + json.dumps(facts).encode()).hexdigest()[:32]
     finished = read_row(out, key)

@@ -48,6 +48,7 @@ TRUNK_OF = {
     "clip2fl-published": "fedavg-distilled",
 }
 _WITH_GRADIENTS = ("creff", "creff-distilled", "clip2fl-published")
+_OF_PUBLIC = ("feddf", "ratio-loss")
 ZERO_SHOT = "zero-shot"
 NAMES = (ZERO_SHOT, *TRUNK_OF)
 WHY = (
@@ -98,6 +99,24 @@ class Settings:
     text_start: bool = False
     tau: float = 1.0
 
+    def __post_init__(self) -> None:
+        """ConfigError FS-1010: what would end a run only after it has trained ends it here."""
+        least = {
+            **dict.fromkeys(("width", "rounds", "online", "epochs", "batch", "last", "each", "retraining_epochs"), 1),
+            **dict.fromkeys(("matching_steps", "strength", "contrast", "tau"), 0),
+        }
+        above = ("rate", "temperature", "matching_rate", "retraining_rate", "contrast_temperature")
+        for name in (*least, *above):
+            value = getattr(self, name)
+            fits = math.isfinite(value) and (value >= least[name] if name in least else value > 0)
+            if not fits:
+                raise ConfigError(
+                    "FS-1010",
+                    f"--{name.replace('_', '-')} {value:g}",
+                    expected=f"at least {least[name]}" if name in least else "a finite number above 0",
+                    cure="see python examples/clip2fl.py --help",
+                )
+
 
 def run_published(
     tail: LongTail,
@@ -136,7 +155,11 @@ def run_published(
         ConfigError: FS-1010 images are asked for, and there are none.
     """
     check_consent(epsilon, reason, why=WHY, instead="clip2fl")
-    facts = [asdict(settings), tail.experiment.digest, partition, seed]
+    check_public(tail, trunk)
+    from fedsecure import __version__
+
+    shown = hashlib.sha256(tail.source.public.labels.tobytes()).hexdigest()
+    facts = [__version__, asdict(settings), tail.experiment.digest, shown, partition, seed]
     keys = {name: _key([name, *facts]) for name in names}
     kept = [read_row(out, key) for key in keys.values()]
     if all(row is not None for row in kept):
@@ -159,7 +182,8 @@ def run_published(
         watch=watch,
     )
     sent = 4 * sum(value.numel() for value in student.state_dict().values() if value.is_floating_point())
-    seen = {on: features_of(student, records[on].inputs) for on in ("test", "public")}
+    scored = ("test", "public") if len(tail.source.public) else ("test",)
+    seen = {on: features_of(student, records[on].inputs) for on in scored}
     rows = []
     for name, key in keys.items():
         head = branches[name].classifier(student, sites) if name in branches else head_of(student)
@@ -179,6 +203,17 @@ def run_published(
     return rows
 
 
+def check_public(tail: LongTail, trunk: str) -> None:
+    """ConfigError FS-1010 where a method learns from public records and there are none."""
+    if trunk in _OF_PUBLIC and not len(tail.source.public):
+        raise ConfigError(
+            "FS-1010",
+            f"method {trunk} without public records",
+            expected="some records of each class that are declared public",
+            cure="leave the method out, or give --public-each, a `public` folder or a split of a feature file",
+        )
+
+
 def run_zero_shot(tail: LongTail, *, seed: int, partition: str) -> dict[str, Any]:
     """The teacher by itself, as a row."""
     from fedsecure.learning.distillation import teacher_logits
@@ -189,20 +224,28 @@ def run_zero_shot(tail: LongTail, *, seed: int, partition: str) -> dict[str, Any
     return {**row, "rounds": 0, "bytes_up": 0, "cell": "", "wall_seconds": 0.0}
 
 
-def scores_of_adapter(tail: LongTail, file: Path) -> dict[str, float | None]:
-    """``all``, ``many``, ``medium`` and ``few`` of an adapter that ``simulate`` has trained. Raises as its loader."""
+def scores_of_adapter(tail: LongTail, file: Path) -> dict[str, dict[str, float | None]]:
+    """``groups`` on the test set and ``public`` on the public records, each ``all``, ``many``, ``medium`` and ``few``,
+    of an adapter that ``simulate`` has trained. Raises as its loader."""
     from fedsecure.learning.artefact import load_adapter
 
-    adapter = load_adapter(file)
-    if adapter.inputs == "thumbnails":
-        found, _ = _of_images(tail, adapter)
-    else:
-        found, _ = adapter.predict(tail.source.test.features, fingerprint=adapter.metadata.fingerprint)
-    return tail.scores(found)
+    adapter, source = load_adapter(file), tail.source
+    scores: dict[str, dict[str, float | None]] = {}
+    for name, on, part in (("groups", "test", source.test), ("public", "public", source.public)):
+        if not len(part):
+            found = part.labels
+        elif adapter.inputs == "thumbnails":
+            found, _ = _of_images(tail, adapter, on, part)
+        else:
+            found, _ = adapter.predict(part.features, fingerprint=adapter.metadata.fingerprint)
+        scores[name] = tail.scores(found, on=on)
+    return scores
 
 
-def _of_images(tail: LongTail, adapter: Adapter) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
-    """What a student of small images says of the test set."""
+def _of_images(
+    tail: LongTail, adapter: Adapter, on: str, part: Part
+) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
+    """What a student of small images says of the test set or of the public records."""
     from fedsecure.learning.evaluation import predict
     from fedsecure.learning.student_module import resnet8_task
     from fedsecure.learning.students import normalise
@@ -210,8 +253,8 @@ def _of_images(tail: LongTail, adapter: Adapter) -> tuple[npt.NDArray[np.int64],
 
     assert tail.source.pixels is not None, "such a student has been trained on these images"
     assert isinstance(adapter.spec, TowerSpec)
-    pixels = normalise(tail.source.pixels["test"]).flatten(1).numpy()
-    rows = np.concatenate([pixels, tail.source.test.features], axis=1)
+    pixels = normalise(tail.source.pixels[on]).flatten(1).numpy()
+    rows = np.concatenate([pixels, part.features], axis=1)
     return predict(resnet8_task(adapter.spec, head=adapter.zero_shot), adapter.tensors, rows)
 
 
@@ -236,7 +279,7 @@ def _row(
         "epsilon_spent": None,
         "no_privacy": reason,
         "groups": groups,
-        "public": tail.scores(found["public"], on="public"),
+        "public": tail.scores(found.get("public", tail.source.public.labels), on="public"),
     }
 
 

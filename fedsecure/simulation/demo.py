@@ -27,6 +27,7 @@ from fedsecure.config import (
     RunSettings,
     SiteConfig,
     SiteEntry,
+    default_rounds,
     load,
 )
 from fedsecure.errors import ConfigError, RunError
@@ -201,10 +202,7 @@ def _refused(error: ValidationError) -> ConfigError:
 
 
 def _sections(options: DemoOptions) -> tuple[MethodConfig, PrivacyConfig, RoundsConfig]:
-    from fedsecure.methods.recommend import ROUNDS
-    from fedsecure.simulation.placing import FEW_ROUNDS
-
-    rounds = ROUNDS.get(options.method, FEW_ROUNDS) if options.rounds is None else options.rounds
+    rounds = default_rounds(options.method) if options.rounds is None else options.rounds
     method = MethodConfig(name=options.method, rounds=rounds, local_steps=options.local_steps)
     privacy = PrivacyConfig(
         target_epsilon=options.epsilon,

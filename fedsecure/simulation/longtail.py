@@ -7,10 +7,10 @@ and becomes a federation on disk through :func:`fedsecure.simulation.folders.lay
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -25,13 +25,12 @@ from fedsecure.errors import ConfigError, DataError
 from fedsecure.simulation.folders import Experiment, Part
 from fedsecure.simulation.pool import read_pool
 
-if TYPE_CHECKING:
-    pass
-
 # ImageNet-LT's lists are called ImageNet_LT_train.txt and so on.
 _LISTS = "ImageNet_LT_"
 #: The prompt of the papers' teacher.
 PROMPT = "a photo of a {}"
+#: Where the weights of a stand-in teacher name the classes that it was trained on.
+CLASSES = "classes"
 Watch = Callable[[int, int], None]
 Pixels = npt.NDArray[np.uint8]
 
@@ -43,7 +42,8 @@ class Source:
     Attributes:
         classes, text, mean, scale: of the encoder, which is the teacher.
         train, test: features and labels.
-        public: labelled records declared public: for choosing settings, for FedDF and for the Ratio Loss.
+        public: labelled records declared public: for choosing settings, for FedDF and for the Ratio Loss. It may be
+            empty: then nothing is taken from training, and the sets have the sizes of the papers.
         pixels: ``train``, ``test`` and ``public`` as uint8 (n, 3, 32, 32), or None where only features are there.
         encoder: that made the features, where there are pixels.
     """
@@ -78,8 +78,10 @@ class LongTail:
     groups: Mapping[str, Indices]
 
     def scores(self, predicted: npt.NDArray[np.int64], *, on: str = "test") -> dict[str, float | None]:
-        """``all``, ``many``, ``medium`` and ``few`` on the test set or on the public records."""
+        """``all``, ``many``, ``medium`` and ``few`` on the test set or on the public records; None each without any."""
         part = self.source.test if on == "test" else self.source.public
+        if on == "public" and not len(part):
+            return dict.fromkeys(("all", *self.groups))
         return group_accuracy(predicted, part.labels, classes=len(self.counts), groups=self.groups)
 
 
@@ -93,7 +95,7 @@ def from_features(
         train: splits to train on; ``public`` may be one of them, and what is public is then left out.
         test: split to test on.
         public: split of which some records of each class are declared public.
-        each: how many of each class, ≥ 1.
+        each: how many of each class; 0 for no public records.
         centre: as for :func:`fedsecure.simulation.pool.read_pool`.
 
     Raises:
@@ -134,7 +136,8 @@ def from_images(
         data: archive or folder.
         model, pretrained: the teacher, an open_clip model.
         cache: folder of the feature cache: an image is encoded once.
-        each: records of each class declared public where there is no ``public`` folder.
+        each: records of each class declared public where there is no ``public`` folder; with 0 there are none, and
+            training keeps all it has.
         held_out: take so many records of each class of ``public`` and leave the others, which a teacher was trained on
             (:func:`fedsecure.simulation.teacher.public_images`); all of them where 0.
         progress: called with (done, all) while images are encoded.
@@ -142,8 +145,9 @@ def from_images(
     Raises:
         DataError: FS-1164, FS-1165 the archive, FS-1100 to FS-1105, FS-1167 the folders, FS-1168 too few records for
             ``each`` or ``held_out``.
-        ModelError: the teacher cannot be loaded.
+        ModelError: the teacher cannot be loaded; FS-1691 a stand-in was trained on other classes.
     """
+    from fedsecure.learning.distillation import check_classes
     from fedsecure.learning.encoding import encode_dataset
     from fedsecure.vision.cache import FeatureCache
     from fedsecure.vision.encoder import load_encoder
@@ -169,20 +173,27 @@ def from_images(
             if (data / split).is_dir():
                 entries = list_class_tree(data / split, classes)
                 splits[split] = ImageFiles(entries, name=f"{data.name}/{split}", classes=classes, public=True)
-    if "public" not in splits:
+    if "public" not in splits and each:
         whole = splits["train"]
         rows = rows_of_each(whole.labels, classes=len(classes), each=each)
         splits["public"] = Subset(whole, rows.tolist())
         splits["train"] = Subset(whole, np.setdiff1d(np.arange(len(whole)), rows).tolist())
-    elif held_out:
+    elif "public" in splits and held_out:
         shown = splits["public"]
         rows = rows_of_each(shown.labels, classes=len(classes), each=held_out)
         splits["public"] = Subset(shown, rows.tolist())
+    trained_on = classes_of_teacher(Path(pretrained))
+    if trained_on is not None:
+        check_classes(trained_on, classes)
     encoder, store = load_encoder(model, pretrained), FeatureCache(cache)
     parts = {
         split: Part(encode_dataset(records, encoder, store, progress=progress), records.labels)
         for split, records in splits.items()
     }
+    pixels = {split: read_pixels(records) for split, records in splits.items()}
+    if "public" not in splits:
+        none = np.zeros(0, np.int64)
+        parts["public"], pixels["public"] = parts["test"].rows(none), pixels["test"][none]
     return Source(
         classes=classes,
         text=encoder.encode_text(class_prompts(classes, template=PROMPT)),
@@ -191,7 +202,7 @@ def from_images(
         train=parts["train"],
         test=parts["test"],
         public=parts["public"],
-        pixels={split: read_pixels(records) for split, records in splits.items()},
+        pixels=pixels,
         encoder=EncoderConfig(
             model=model,
             pretrained="file" if Path(pretrained).is_file() else pretrained,
@@ -200,6 +211,18 @@ def from_images(
             fingerprint=encoder.fingerprint,
         ),
     )
+
+
+def classes_of_teacher(file: Path) -> tuple[str, ...] | None:
+    """The classes that a stand-in teacher's weights name; None for any other file, whose prompts are the classes."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as held:
+            names = (held.metadata() or {}).get(CLASSES)
+        return None if names is None else tuple(map(str, json.loads(names)))
+    except (OSError, SafetensorError, ValueError, TypeError):
+        return None
 
 
 def class_names(folder: Path) -> tuple[str, ...]:
@@ -227,14 +250,16 @@ def _listed(data: Path) -> tuple[tuple[str, ...], dict[str, Dataset]]:
 
 def rows_of_each(labels: npt.NDArray[np.int64], *, classes: int, each: int) -> Indices:
     """``each`` rows of every class, chosen by a fixed seed; DataError FS-1168 where a class has fewer."""
+    if each == 0:
+        return np.zeros(0, np.int64)
     generator = np.random.default_rng(0)
     chosen = [generator.permutation(np.flatnonzero(labels == c))[:each] for c in range(classes)]
     short = next((c for c, rows in enumerate(chosen) if len(rows) < each), None)
-    if short is not None or each < 1:
+    if short is not None or each < 0:
         raise DataError(
             "FS-1168",
             f"{each} public records of each class, of which class {short or 0} has {len(chosen[short or 0])}",
-            expected="at least one, and as many in every class",
+            expected="as many in every class, or none",
             cure="ask for fewer, or bring a split of public records",
         )
     return np.sort(np.concatenate(chosen))
@@ -256,7 +281,7 @@ def arrange(
 
     Raises:
         ConfigError: FS-1010 no such partition.
-        DataError: FS-1130, FS-1131 the partition, FS-1160, FS-1161 the tail.
+        DataError: FS-1130, FS-1131 the partition, FS-1160, FS-1161 the tail, FS-1163 a class without a test record.
     """
     classes, labels = len(source.classes), source.train.labels
     order = None
@@ -296,9 +321,13 @@ def arrange(
         train={name: source.train.rows(chosen) for name, chosen in rows.items()},
         own={},
         tests={"test": source.test},
-        target=source.public.features,
+        target=source.public.features if len(source.public) else None,
     )
-    return LongTail(experiment, source, rows, counts, groups)
+    made = LongTail(experiment, source, rows, counts, groups)
+    # Whoever can never be scored is told before anything is trained.
+    made.scores(source.test.labels)
+    made.scores(source.public.labels, on="public")
+    return made
 
 
 def group_bounds(tail: LongTail) -> str:

@@ -23,21 +23,19 @@ from fedsecure.config import (
     RunSettings,
     SiteConfig,
     SiteEntry,
+    default_rounds,
     load,
     parse_settings,
     read_toml,
 )
 from fedsecure.errors import ConfigError
 from fedsecure.files import make_folder
-from fedsecure.methods.recommend import ROUNDS
 from fedsecure.simulation.pool import Pool, read_pool, share_out, write_site
 from fedsecure.simulation.scaffold import SitePlan, lay_out
 
 if TYPE_CHECKING:
     from fedsecure.simulation.simulate import SimulationOptions
 
-# Of a method that `fedsecure plan` does not weigh.
-FEW_ROUNDS = 20
 WITHOUT = "a simulation without privacy, to compare with"
 # Above what a run without privacy is charged.
 _UNLIMITED = 1e9
@@ -71,7 +69,7 @@ def _varied(raw: Mapping[str, Any], options: SimulationOptions, variant: Variant
     """The sections ``method`` and ``privacy`` of a cell."""
     method, privacy = dict(raw.get("method", {})), dict(raw.get("privacy", {}))
     if method.get("name") != variant.method or "rounds" not in method:
-        method["rounds"] = ROUNDS.get(variant.method, FEW_ROUNDS)
+        method["rounds"] = default_rounds(variant.method)
     if options.rounds is not None:
         method["rounds"] = options.rounds
     method["name"] = variant.method

@@ -8,6 +8,7 @@ labelled images of the very task, which CLIP has not; it is a teacher of the sam
 
 from __future__ import annotations
 
+import json
 import math
 import os
 from collections.abc import Callable
@@ -23,7 +24,7 @@ from torch.nn import functional
 from fedsecure.data.dataset import Dataset, Subset
 from fedsecure.data.images import ImageFiles, list_class_tree
 from fedsecure.errors import DataError, ModelError
-from fedsecure.simulation.longtail import PROMPT, class_names, rows_of_each
+from fedsecure.simulation.longtail import CLASSES, PROMPT, class_names, rows_of_each
 from fedsecure.vision.prompts import DEFAULT_TEMPLATE, class_prompts
 from fedsecure.vision.tiny_clip import FOLDER, MERGES_FILE, RESNET_NAME
 from fedsecure.vision.weights import import_open_clip
@@ -128,7 +129,7 @@ def train_teacher(images: Dataset, out: Path, *, recipe: TeacherRecipe, watch: W
         )
     out.parent.mkdir(parents=True, exist_ok=True)
     draft = out.with_name(f".{out.name}.{os.getpid()}")
-    save_file(state, draft)
+    save_file(state, draft, metadata={CLASSES: json.dumps(list(images.classes))})
     draft.replace(out)
 
 

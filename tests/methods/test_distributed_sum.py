@@ -53,6 +53,7 @@ def test_the_sum_of_a_run_is_the_central_sum(tmp_path: Path, adapter: str, monke
         section = world.site_config(name).train
         assert section is not None
         with Ledger(tmp_path / name / "ledger.db") as ledger:
+            assert {entry.reason for entry in ledger.history(section.name, "train")} == {"NO PRIVACY (seeded)", ""}
             units[name] = load_units(
                 open_dataset(section, classes=CLASSES),
                 features,

@@ -177,3 +177,16 @@ def test_no_ledger_is_made(tmp_path: Path) -> None:
         with pytest.raises(LedgerError, match="FS-1261"):
             ask(absent)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_charge_with_noise_from_a_seed_says_so(tmp_path: Path) -> None:
+    path = tmp_path / "ledger.db"
+    with Ledger(path) as ledger:
+        reserve(ledger, 0)
+        made = reserve(ledger, 1, seeded=True)
+        reserve(ledger, 2, seeded=True)
+        ledger.commit(made, PAYLOAD)
+        ledger.verify()
+    assert [row["seeded"] for row in budget.show(path)] == [2]
+    said = {row["round"]: row["reason"] for row in budget.history(path) if row["state"] == "RESERVED"}
+    assert said == {0: "", 1: "NO PRIVACY (seeded)", 2: "NO PRIVACY (seeded)"}

@@ -13,10 +13,12 @@ import pytest
 from by_file import load
 from PIL import Image
 
+from fedsecure.data.longtail import long_tail_counts
 from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError
 from fedsecure.simulation import clip2fl
 from fedsecure.simulation.clip2fl import NAMES, TRUNK_OF, Settings, run_published
-from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
+from fedsecure.simulation.folders import Part
+from fedsecure.simulation.longtail import LongTail, Source, arrange, from_features, from_images, group_bounds
 from fedsecure.simulation.simulate import open_results
 
 C, D = 3, 8
@@ -93,6 +95,78 @@ def test_bad_experiments(file: Path, tmp_path: Path) -> None:
     refused(ConfigError, "FS-1010", lambda: run(settings=replace(QUICK, students="resnet8")))
 
 
+def test_without_public_records_a_set_is_as_large_as_the_papers(
+    example: ModuleType, file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Long tail of whole classes, no record kept back; what learns from public records is refused at once."""
+    tail = arrange(
+        from_features(file, train=("train",), test="test", public="train", each=0),
+        sites=3, imbalance=4, partition="equal-dirichlet:5", seed=0,
+    )  # fmt: skip
+    assert tail.counts.tolist() == long_tail_counts(20, C, imbalance=4).tolist() == [20, 10, 5]
+    assert tail.experiment.target is None
+    assert set(tail.scores(np.zeros(0, np.int64), on="public").values()) == {None}
+    out = tmp_path / "out"
+    given = ["--features", str(file), "--public-each", "0", "--out", str(out), "--epsilon", "inf", *SHORT]
+    assert example.main([*given, "--method", "zero-shot,fedavg,feddf"]) == 1
+    assert "feddf without public records" in capsys.readouterr().err
+    assert not (out / "published").exists()
+    assert example.main([*given, "--method", "zero-shot,fedavg,clip2fl-published"]) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        assert [row["all public"] for row in csv.DictReader(stream)] == [""] * 3
+
+
+@pytest.mark.parametrize(("split", "imbalance"), [("cifar10", 100), ("cifar100", 100), ("cifar10", 50)])
+def test_the_sets_of_the_papers_have_their_sizes(split: str, imbalance: int) -> None:
+    """From features of the archives' size to shares: 12,406, 13,996 and 10,847 records (CReFF, CLIP2FL)."""
+    classes, each = (10, 5000) if split == "cifar10" else (100, 500)
+    labels = np.repeat(np.arange(classes), each)
+    train = Part(np.zeros((len(labels), 2), np.float32), labels)
+    test = train.rows(np.arange(classes) * each)
+    source = Source(tuple(map(str, range(classes))), np.eye(classes, 2), None, 1.0, train, test, test.rows([]))
+    tail = arrange(source, sites=20, imbalance=imbalance, partition="equal-dirichlet:0.5", seed=0)
+    assert (
+        tail.counts.sum()
+        == {("cifar10", 100): 12_406, ("cifar100", 100): 10_847, ("cifar10", 50): 13_996}[split, imbalance]
+    )
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--last", "0"), ("--each", "0"), ("--temperature", "0"), ("--tau", "-5"), ("--rate", "nan"), ("--seeds", "0")],
+)
+def test_settings_that_would_spoil_a_run_are_refused_before_it(
+    example: ModuleType, file: Path, tmp_path: Path, capsys: Any, option: str, value: str
+) -> None:
+    given = ["--features", str(file), "--out", str(tmp_path / "out"), "--epsilon", "inf", *SHORT, option, value]
+    assert example.main(given) == 1
+    assert "FS-1010" in (told := capsys.readouterr().err)
+    assert option in told
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_test_set_without_a_class_is_refused_before_training(file: Path, tmp_path: Path) -> None:
+    with np.load(file) as held:
+        arrays = dict(held)
+    kept = arrays["test_y"] != 1
+    np.savez(tmp_path / "short.npz", **(arrays | {"test_x": arrays["test_x"][kept], "test_y": arrays["test_y"][kept]}))
+    refused(DataError, "FS-1163", lambda: tail_of(tmp_path / "short.npz"))
+
+
+def test_a_method_that_diverges_costs_no_other_its_row(
+    example: ModuleType, file: Path, tmp_path: Path, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "inf", *SHORT]
+    given += ["--method", "zero-shot,fedavg-distilled", "--rate", "1000", "--strength", "1e30"]
+    assert example.main(given) == 1
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        assert [row["method"] for row in csv.DictReader(stream)] == ["zero-shot"]
+    said = "Diverged, and so without a row: fedavg-distilled, seed 0"
+    assert said in (out / "results.md").read_text(encoding="utf-8")
+    assert said in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_every_published_method_in_one_command_that_resumes(
     example: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -131,6 +205,7 @@ def test_a_private_run_beside_them(example: ModuleType, file: Path, tmp_path: Pa
         (row,) = csv.DictReader(stream)
     assert row["method"] == "linear"
     assert float(row["epsilon_spent"]) <= 8
+    assert 0 < float(row["all public"]) <= 1, "settings may be chosen on these"
     # What simulate counted on the test site is what its adapter scores.
     assert float(row["all"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
 
@@ -169,6 +244,7 @@ def test_images(example: ModuleType, tmp_path: Path) -> None:
     with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
         (row,) = csv.DictReader(stream)
     assert (row["method"], float(row["epsilon_spent"]) <= 8) == ("clip2fl", True)
+    assert 0 <= float(row["all public"]) <= 1
     # What the federation counted on the test site is what the kept student scores.
     assert float(row["all"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
 

@@ -12,6 +12,7 @@ import pytest
 from by_file import load
 from PIL import Image
 
+from fedsecure.errors import ModelError
 from fedsecure.simulation.longtail import from_images
 from fedsecure.simulation.teacher import public_images, zero_shot
 from fedsecure.vision.encoder import load_encoder
@@ -59,6 +60,11 @@ def test_it_writes_a_teacher_that_loads_and_knows_its_images(
     assert told[0]["images"] == len(images) == (EACH - HELD) * len(CLASSES)
     assert told[0]["accuracy"].keys() == {"held out", "test"}
     assert told[0]["accuracy"]["held out"] == zero_shot(long, held)
+    (data / "test" / "dog").rename(data / "test" / "zebra")
+    (data / "train" / "dog").rename(data / "train" / "zebra")
+    (data / "public" / "dog").rename(data / "public" / "zebra")
+    with pytest.raises(ModelError, match="FS-1691"):
+        from_images(data, model=RESNET_NAME, pretrained=str(files[0]), cache=tmp_path / "cache")
 
 
 def test_what_is_held_out_is_what_settings_are_chosen_on(data: Path, tmp_path: Path) -> None:
