@@ -31,14 +31,31 @@ from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone, reference
 from fedsecure.simulation.folders import Experiment, from_pool, lay_out_experiment, read_folders
 from fedsecure.simulation.pool import read_pool
-from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, listed, numbers, open_results, simulate
+from fedsecure.simulation.simulate import (
+    SimulationOptions,
+    Step,
+    among,
+    in_cell,
+    listed,
+    numbers,
+    open_results,
+    simulate,
+)
 from fedsecure.simulation.tables import epsilon_text, write_results
 
 METHODS = (
     "facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck", "fedfocal", "probe", "fedavg", "fedprox",
     "moon", "local-only-linear",
 )  # fmt: skip
+# FACMIC with its alignment: noisy prototypes of the sites, and a public target. Runs where there is a target.
+ALIGNED = "facmic-aligned"
+# Local steps and rounds of methods that average local training, where nothing else is said.
+AVERAGED = 5, 10
 REASON = "to compare with, on data whose user declares them public"
+UNALIGNED = (
+    "There is no target (--target, --transductive or --halves): the references train without the alignment that is "
+    "half of FACMIC."
+)
 REPORTED = "Reported in the paper (ViT-B/16 or B/32, best or last round unknown): BT 82.74, SC 58.47, Real 72.37 %."
 
 
@@ -60,22 +77,36 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--train", default="train", help="splits of --features to train on")
     parser.add_argument("--test", default="test", help="split of --features to test on")
     parser.add_argument("--centre", default="file", help="public mean of --features; as fedsecure simulate")
-    parser.add_argument("--method", help="default: every installed one, and the reference where --epsilon has inf")
+    parser.add_argument(
+        "--method",
+        help=f"installed methods with commas; default: {', '.join(METHODS)}, "
+        f"{ALIGNED} where there is a target, and the references where --epsilon has inf",
+    )
     parser.add_argument("--epsilon", default="1,3,8,inf")
     parser.add_argument("--noise", default="distributed", help="distributed, local, or both with a comma")
     parser.add_argument("--delta", type=float, default=1e-5)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--rounds", type=int, help="of the private methods")
-    parser.add_argument("--local-steps", type=int, default=1, help="a round, of methods with local noise")
+    parser.add_argument("--local-steps", type=int, help="a round, of methods that average: 5 by default, in 10 rounds")
     parser.add_argument("--colluders", type=int, help="with --features; sites the sum withstands")
     parser.add_argument("--min-survivors", type=int, help="with --features; fewest sites in a sum")
     parser.add_argument("--reference-rounds", type=int, default=reference.ROUNDS)
     parser.add_argument("--reference-steps", type=int, help="a round; 0 for one pass, 199 by default")
+    parser.add_argument("--reference-batch", type=int, default=reference.BATCH)
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
     parser.add_argument("--out", type=Path, default=Path("facmic-results"))
     options = parser.parse_args(given)
     if options.halves and options.features is not None:
         parser.error("--halves is of images: name them with --data")
+    of_images = ("eval_site", "origins", "target", "model", "pretrained")
+    of_features = ("sites", "partition", "train", "test", "centre", "colluders", "min_survivors")
+    for name in of_images if options.features is not None else of_features:
+        if getattr(options, name) != parser.get_default(name):
+            option, other = f"--{name.replace('_', '-')}", "--data" if name in of_images else "--features"
+            parser.error(f"{option} goes with {other}")
+    for name in ("seeds", "reference_rounds", "reference_batch"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} {getattr(options, name)}: at least 1")
     if options.halves and options.transductive:
         parser.error("--transductive aligns with all of the test images, and --halves with half of them: choose one")
     return options
@@ -83,10 +114,21 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
 
 def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Private methods and references; each is known, and a reference that was named has an ε = inf to run at."""
+    aligns = options.target is not None or options.transductive or options.halves
     if options.method is None:
-        names = (*reference.NAMES, *METHODS) if math.inf in epsilons else METHODS
+        names = (*METHODS, *((ALIGNED,) if aligns and options.data is not None else ()))
+        if math.inf in epsilons:
+            # Without a target, the three ways to use one are one training.
+            names = (*(reference.NAMES if aligns else ("reference", *reference.OTHERS)), *names)
     else:
         names = listed(options.method)
+    if ALIGNED in names and not (aligns and options.data is not None):
+        raise ConfigError(
+            "FS-1010",
+            f"method {ALIGNED} without a target",
+            expected="--data with --target, --transductive or --halves",
+            cure="name what to align with, or leave the method out",
+        )
     references = tuple(name for name in names if name in reference.NAMES)
     if references:
         reference.check_consent(math.inf if math.inf in epsilons else min(epsilons), options.no_privacy)
@@ -106,7 +148,12 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
 
 def method_of(name: str) -> TrainingMethod:
     """The installed method behind a name; ConfigError FS-1004."""
+    name = installed(name)
     return alone.trained_alone(name) if name.startswith(alone.PREFIX) else load_training_method(name)
+
+
+def installed(name: str) -> str:
+    return "facmic" if name == ALIGNED else name
 
 
 def noises_of(name: str, options: argparse.Namespace) -> tuple[str, ...]:
@@ -120,18 +167,24 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     private, references = chosen_methods(options, epsilons)
     with simulation_progress(live=True) as watch:
         experiment, simulation = prepare(options, watch)
-        warn(experiment(0))
-        rows = []
+        warn(experiment(0), aligned=bool(references))
+        cells = [(name, seed) for seed in range(options.seeds) for name in references]
+        for seed in range(options.seeds if cells else 0):
+            reference.check_sizes(experiment(seed), batch=options.reference_batch)
+        each = len(epsilons) * options.seeds
+        sizes = {n: each * (1 if n.startswith(alone.PREFIX) else len(noises_of(n, options))) for n in private}
+        rows, before, all_cells = [], 0, sum(sizes.values()) + len(cells)
         for name in private:
+            here = among(watch, before, all_cells)
+            before += sizes[name]
             if name.startswith(alone.PREFIX):
-                rows += run_alone(options, name, experiment, epsilons, watch)
+                rows += run_alone(options, name, experiment, epsilons, here)
                 continue
             chosen = replace(simulation(name), epsilons=epsilons)
-            for row in simulate(chosen, watch=watch)["rows"]:
+            for row in simulate(chosen, watch=here)["rows"]:
                 file = chosen.out / "adapters" / f"{row['cell']}.safetensors"
                 scores = reference.adapter_scores(experiment(row["seed"]), file)
-                rows.append({**row, "tests": scores["tests"], "site_scores": scores["sites"]})
-        cells = [(name, seed) for seed in range(options.seeds) for name in references]
+                rows.append({**row, "method": name, "tests": scores["tests"], "site_scores": scores["sites"]})
         kept = open_results(options.out / "reference") if cells else None
         for done, (name, seed) in enumerate(cells):
             assert kept is not None
@@ -144,12 +197,13 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
                 partition="iid" if options.data else options.partition,
                 rounds=options.reference_rounds,
                 steps=options.reference_steps,
-                watch=in_cell(watch, done, len(cells), f"{name}, seed {seed}"),
+                batch=options.reference_batch,
+                watch=in_cell(among(watch, before, all_cells), done, len(cells), f"{name}, seed {seed}"),
             )
             rows.append(row)
     if options.data is not None:
         rows = [{**row, "partition": "folders"} for row in rows]
-    return write(options, rows, reference.zero_shot(experiment(0)))
+    return write(options, rows, experiment(0))
 
 
 def run_alone(
@@ -185,17 +239,22 @@ def prepare(
 
     def common(method: str) -> SimulationOptions:
         noises = noises_of(method, options)
+        steps = options.local_steps or 1 if noises == ("local",) else 1
+        rounds = options.rounds
+        if getattr(method_of(method), "local_only", ""):
+            steps = options.local_steps or AVERAGED[0]
+            rounds = options.rounds or AVERAGED[1]
         return SimulationOptions(
             out=options.out / "private" / method,
-            methods=(method,),
+            methods=(installed(method),),
             noises=noises,
             seeds=options.seeds,
             delta=options.delta,
             colluders=options.colluders,
             min_survivors=options.min_survivors,
-            local_steps=options.local_steps if noises == ("local",) else 1,
+            local_steps=steps,
             # A method of one release has one round, whatever the others have.
-            rounds=None if default_rounds(method) == 1 else options.rounds,
+            rounds=None if default_rounds(method) == 1 else rounds,
         )
 
     if options.features is not None:
@@ -232,14 +291,23 @@ def prepare(
     )
 
     def on_folders(method: str) -> SimulationOptions:
-        layout = lay_out_experiment(experiment, options.out / "layout" / method, method=method, delta=options.delta)
+        overlaps = options.transductive or options.halves
+        layout = lay_out_experiment(
+            experiment,
+            options.out / "layout" / method,
+            method=installed(method),
+            delta=options.delta,
+            alignment={"weight": 1.0, "prototypes": True, "transductive": overlaps} if method == ALIGNED else None,
+        )
         return replace(common(method), federation=layout)
 
     return lambda seed: experiment, on_folders
 
 
-def warn(experiment: Experiment) -> None:
-    """Says what lies at more than one place."""
+def warn(experiment: Experiment, *, aligned: bool) -> None:
+    """Says what lies at more than one place, and what the references are without."""
+    if aligned and experiment.target is None:
+        err.print(UNALIGNED, style="yellow")
     shared = experiment.overlap.shared()
     if shared:
         err.print(
@@ -248,8 +316,9 @@ def warn(experiment: Experiment) -> None:
         err.print("  " + ", ".join(f"{name} {len(part)}" for name, part in experiment.tests.items()))
 
 
-def write(options: argparse.Namespace, rows: list[dict[str, Any]], zero: dict[str, Any]) -> dict[str, Any]:
+def write(options: argparse.Namespace, rows: list[dict[str, Any]], experiment: Experiment) -> dict[str, Any]:
     """``results.csv`` one line a run, ``results.md`` the means, and the plot."""
+    zero = reference.zero_shot(experiment)
     sets = list(zero)
     sites = sorted({site for row in rows for site in row["site_scores"]})
     extra = [f"{metric} {name}" for name in sets for metric in ("accuracy", "balanced accuracy")]
@@ -258,7 +327,10 @@ def write(options: argparse.Namespace, rows: list[dict[str, Any]], zero: dict[st
     columns = [f"accuracy {name}" for name in (*sets, *sites)] + [f"best-round accuracy {name}" for name in sets]
     columns += [f"balanced accuracy {name}" for name in sets]
     flat = [{**row, **further(row)} for row in rows]
-    return write_results(options.out, flat, heading=heading(options, zero), columns=columns, extra=extra)
+    said = heading(options, zero)
+    if experiment.target is None and any(row["method"] in reference.NAMES for row in rows):
+        said += f"{UNALIGNED}\n"
+    return write_results(options.out, flat, heading=said, columns=columns, extra=extra)
 
 
 def further(row: dict[str, Any]) -> dict[str, Any]:

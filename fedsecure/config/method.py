@@ -94,8 +94,8 @@ class AlignmentConfig(Section):
 
 
 def default_rounds(method: str) -> int:
-    """20; the attention module takes longer ways in short steps, and a method of one release takes one."""
-    return {"facmic": 60, "prototypes": 1, "ridge": 1}.get(method, 20)
+    """20; the attention modules take longer ways in short steps, and a method of one release takes one."""
+    return {"facmic": 60, "fedclip": 60, "prototypes": 1, "ridge": 1}.get(method, 20)
 
 
 class MethodConfig(Section):

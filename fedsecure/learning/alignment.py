@@ -236,7 +236,6 @@ def witness_of(
     """
     features = FourierFeatures(frequencies)
     module, raw, logits = _adapted(task, tensors, target)
-    classes = task.spec.classes
     embedded = None
     if source is not None:
         length = np.linalg.norm(np.asarray(source, np.float64), axis=1, keepdims=True)
@@ -248,9 +247,17 @@ def witness_of(
         source=embedded,
         target=raw,
         probabilities=torch.softmax(logits, dim=-1).numpy(),
-        shares=np.full(classes, 1 / classes),
+        shares=_shares(task),
         strength=strength,
     )
+
+
+def _shares(task: HeadTask) -> Float64:
+    """π_c that the run has: equal ones where it names none."""
+    if task.log_prior is None:
+        return np.full(task.spec.classes, 1 / task.spec.classes)
+    shares = np.exp(np.asarray(task.log_prior, np.float64))
+    return np.asarray(shares / shares.sum(), np.float64)
 
 
 def negatives_of(task: HeadTask, tensors: Mapping[str, Any], *, target: Float32) -> Float64:

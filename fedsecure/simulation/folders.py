@@ -27,6 +27,7 @@ from fedsecure.data.loading import open_dataset
 from fedsecure.data.partition import released_split
 from fedsecure.errors import DataError
 from fedsecure.files import make_folder
+from fedsecure.learning.targets import write_target
 from fedsecure.simulation.material import site_folders
 from fedsecure.simulation.pool import Pool, share_out
 from fedsecure.simulation.scaffold import SitePlan, lay_out
@@ -259,7 +260,13 @@ def from_pool(pool: Pool, names: Sequence[str], *, partition: str, seed: int, tr
 
 
 def lay_out_experiment(
-    experiment: Experiment, folder: Path, *, method: str, delta: float, settings: Mapping[str, Any] | None = None
+    experiment: Experiment,
+    folder: Path,
+    *,
+    method: str,
+    delta: float,
+    settings: Mapping[str, Any] | None = None,
+    alignment: Mapping[str, Any] | None = None,
 ) -> Path:
     """The same records as a federation on disk for ``simulate``; an earlier layout in ``folder`` is replaced.
 
@@ -272,6 +279,7 @@ def lay_out_experiment(
         method: what the sites allow; the simulation chooses it, and its rounds.
         delta: δ.
         settings: further keys of ``[method]``.
+        alignment: keys of ``[method.alignment]``, to align with the experiment's target; its hash is filled in.
 
     Returns:
         the path of ``federation.toml``.
@@ -300,9 +308,15 @@ def lay_out_experiment(
         model="features", pretrained="file", dimension=header.dimension, fingerprint=header.fingerprint
     )
     files = {name: section.path for name, (section, _) in sections.items()}
+    chosen, target = dict(settings or {}), None
+    if alignment is not None:
+        assert experiment.target is not None, "there is something to align with"
+        target = records / "target.safetensors"
+        hashed = write_target(target, experiment.target, fingerprint=header.fingerprint)
+        chosen["alignment"] = {**alignment, "target": hashed}
     return lay_out_sections(
         sections, folder, classes=experiment.classes, encoder=encoder, files=files, method=method, delta=delta,
-        settings=settings,
+        settings=chosen, target=target,
     )  # fmt: skip
 
 
@@ -316,6 +330,7 @@ def lay_out_sections(
     method: str,
     delta: float,
     settings: Mapping[str, Any] | None = None,
+    target: Path | None = None,
 ) -> Path:
     """Data sets that are on disk as a federation: public ones are evaluated on, by sites of their own.
 
@@ -326,6 +341,7 @@ def lay_out_sections(
         encoder: of the run.
         files: site → its ``encoder_file``; the aggregator gets that of ``test``.
         method, delta, settings: as for :func:`lay_out_experiment`.
+        target: everybody's ``target_file``.
 
     Returns, raises: as :func:`lay_out_experiment`.
     """
@@ -351,6 +367,7 @@ def lay_out_sections(
             evaluation=section if section.public else None,
             policy=policy,
             encoder_file=files[name],
+            target_file=target,
         )
     content = {
         "name": "experiment",
@@ -374,6 +391,7 @@ def lay_out_sections(
         listen="memory:0",
         hosts=("localhost",),
         encoder_file=files["test"],
+        target_file=target,
     ).federation
 
 

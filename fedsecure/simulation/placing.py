@@ -113,6 +113,14 @@ class Shared:
         pool = read_pool(options.features, train=options.train, test=options.test, centre=options.centre)
         return cls(options, pool, raw, names)
 
+    @property
+    def target_file(self) -> Path | None:
+        """The settings file's copy of the target, whose hash its ``alignment.target`` is."""
+        named = self.raw.get("target_file")
+        if named is None or self.options.federation is None:
+            return None
+        return self.options.federation.parent / Path(str(named)).expanduser()
+
     def cell(self, variant: Variant) -> tuple[RunSettings, str]:
         parts = share_out(self.pool, self.names, partition=variant.partition, seed=variant.seed)
         turns = len(self.names)
@@ -168,7 +176,9 @@ class Shared:
             turn = (index, len(self.names))
             train = write_site(self.pool, folder / "records", name, rows=parts[name], turn=turn)
             test = train.model_copy(update={"name": f"{name}-test", "split": "test", "public": True})
-            plans[name] = SitePlan(train=train, evaluation=test, policy=policy, encoder_file=train.path)
+            plans[name] = SitePlan(
+                train=train, evaluation=test, policy=policy, encoder_file=train.path, target_file=self.target_file
+            )
         layout = lay_out(
             folder / "federation",
             settings,
@@ -177,6 +187,7 @@ class Shared:
             hosts=("localhost",),
             # Of this file the aggregator reads what is public.
             encoder_file=plans[self.names[0]].encoder_file,
+            target_file=self.target_file,
         )
         classes = len(self.pool.classes)
         return Placed(
@@ -236,6 +247,7 @@ class LaidOut:
             state=state,
             identity=self.federation.identity,
             encoder_file=self.federation.encoder_file,
+            target_file=self.federation.target_file,
         )
         sites = {}
         for name, config in self.sites.items():

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedsecure.errors import PrivacyError
+from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.evaluation import accuracy, balanced_accuracy
 from fedsecure.simulation.folders import Experiment, Part
 from fedsecure.simulation.simulate import read_row, write_row
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from fedsecure.learning.adapters import Float32
     from fedsecure.learning.reference import ReferenceRecipe
 
-ROUNDS = 50
+ROUNDS, BATCH = 50, 32
 WHY = "its losses and its batch normalisation couple the records of a batch, so no clipping bounds what one record does"
 # Of the released program: FACMIC with each of the three target features, FedCLIP, and sites that never average.
 NAMES = (
@@ -37,6 +37,8 @@ NAMES = (
     "reference-fedclip",
     "reference-local",
 )
+# Those to which it makes no difference how a target is used.
+OTHERS = ("reference-fedclip", "reference-local")
 Scores = dict[str, Any]
 Watch = Callable[[int, int], None]
 
@@ -88,6 +90,18 @@ def check_consent(epsilon: float, reason: str, *, why: str = WHY, instead: str =
         expected=f"a run without privacy (ε = inf), and why the data need none: {why}",
         cure=f"use the method {instead} for a private run; for the reference say --epsilon inf and give a reason",
     )
+
+
+def check_sizes(experiment: Experiment, *, batch: int = BATCH) -> None:
+    """ModelError FS-1664 where a site has fewer records than a batch, which is best known before anything trains."""
+    small = [f"{len(part)} training records at {name}" for name, part in experiment.train.items() if len(part) < batch]
+    if small:
+        raise ModelError(
+            "FS-1664",
+            f"{', '.join(small)}, for batches of {batch}",
+            expected="at least one full batch at every site",
+            cure="lower --reference-batch, leave the references out with --method, or give the site more records",
+        )
 
 
 def run_reference(

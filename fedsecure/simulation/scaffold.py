@@ -34,6 +34,7 @@ class SitePlan:
     evaluation: DatasetConfig | None
     policy: PolicyConfig
     encoder_file: Path | None = None
+    target_file: Path | None = None
     engine: str = "auto"
     device: str = "auto"
     connect_seconds: float = 60.0
@@ -58,6 +59,7 @@ def lay_out(
     listen: str,
     hosts: Sequence[str],
     encoder_file: Path | None = None,
+    target_file: Path | None = None,
     site_keys: bool = True,
     enrolment: str = "",
 ) -> Layout:
@@ -70,6 +72,7 @@ def lay_out(
         listen: the aggregator's ``host:port``.
         hosts: DNS names and addresses its certificate is for.
         encoder_file: the aggregator's copy of what the sites' ``encoder_file`` names, for methods that need it there.
+        target_file: the same of the target.
         site_keys: make the sites' keys here; else the roster has no sites, and each enrols with its own keys.
         enrolment: ``host:port`` of the enrolment desk; empty for none.
 
@@ -89,8 +92,9 @@ def lay_out(
         "state": "state",
         "identity": "identity",
     }
-    if encoder_file is not None:
-        own["encoder_file"] = str(encoder_file.resolve())
+    for key, file in (("encoder_file", encoder_file), ("target_file", target_file)):
+        if file is not None:
+            own[key] = str(file.resolve())
     write_whole(federation, to_toml({**own, **public}).encode())
     written = {}
     for site, plan in sites.items():
@@ -107,8 +111,9 @@ def lay_out(
             "connect_seconds": plan.connect_seconds,
             "policy": plan.policy.model_dump(mode="json"),
         }
-        if plan.encoder_file is not None:
-            content["encoder_file"] = str(plan.encoder_file.resolve())
+        for key, file in (("encoder_file", plan.encoder_file), ("target_file", plan.target_file)):
+            if file is not None:
+                content[key] = str(file.resolve())
         for name, section in (("train", plan.train), ("evaluation", plan.evaluation)):
             if section is not None:
                 content[name] = section.model_dump(mode="json", exclude_none=True)

@@ -12,7 +12,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -166,11 +166,14 @@ def listed(text: str) -> tuple[str, ...]:
 
 
 def numbers(option: str, text: str) -> tuple[float, ...]:
-    """``0.5,inf`` as two numbers. Raises ConfigError FS-1003."""
+    """``0.5,inf`` as two numbers above 0. Raises ConfigError FS-1003."""
     try:
-        return tuple(float(part) for part in listed(text))
+        found = tuple(float(part) for part in listed(text))
     except ValueError as error:
         raise _refused(option, text, "numbers with commas between them, or inf") from error
+    if not all(number > 0 for number in found):
+        raise _refused(option, text, "numbers above 0, or inf for a run without privacy")
+    return found
 
 
 def _grid(options: SimulationOptions, source: Source) -> list[Cell]:
@@ -218,6 +221,11 @@ def open_results(out: Path) -> Path:
 def in_cell(watch: Watch, done: int, cells: int, what: str) -> Callable[[int, int], None]:
     """What a cell calls with (round, rounds): a :class:`Step` of it."""
     return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
+
+
+def among(watch: Watch, before: int, cells: int) -> Watch:
+    """Steps of some cells as steps of all ``cells``, of which ``before`` are done already."""
+    return lambda step: watch(replace(step, done=before + step.done, cells=cells))
 
 
 def read_row(out: Path, key: str) -> dict[str, Any] | None:

@@ -52,7 +52,9 @@ def test_a_delta_that_gives_evaluation_units_away_is_refused() -> None:
     settings(40, evaluation=50_000, public=True, privacy={"delta": 2e-5})
 
 
-@pytest.mark.parametrize(("name", "rounds"), [("linear", 20), ("facmic", 60), ("ridge", 1), ("prototypes", 1)])
+@pytest.mark.parametrize(
+    ("name", "rounds"), [("linear", 20), ("facmic", 60), ("fedclip", 60), ("ridge", 1), ("prototypes", 1)]
+)
 def test_a_method_has_its_own_number_of_rounds(name: str, rounds: int) -> None:
     assert MethodConfig(name=name).rounds == default_rounds(name) == rounds
     assert MethodConfig(name=name, rounds=7).rounds == 7

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from by_file import load
 from federation_world import write_features
+from safetensors.numpy import load_file
 
 from fedsecure.data.phantoms import CLASSES, write_federation
 from fedsecure.simulation import simulate as simulation
@@ -39,6 +40,11 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rows_of(out: Path) -> list[dict[str, str]]:
     with (out / "results.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def read_tensors(file: Path) -> bytes:
+    held = load_file(file)
+    return b"".join(name.encode() + held[name].tobytes() for name in sorted(held))
 
 
 @pytest.mark.slow
@@ -108,6 +114,8 @@ def test_a_feature_file(example: ModuleType, tmp_path: Path) -> None:
         (("--eval-site", "site_x"), "FS-1151"),
         (("--target", "site_d"), "FS-1137"),
         (("--epsilon", "some"), "FS-1003"),
+        (("--epsilon", "8,-1"), "FS-1003"),
+        (("--method", "facmic-aligned"), "FS-1010"),
     ],
 )
 def test_bad_requests_leave_no_results(
@@ -119,6 +127,56 @@ def test_bad_requests_leave_no_results(
     assert code in capsys.readouterr().err
     assert not (out / "results.csv").exists()
     assert not list(out.rglob("cells/*"))
+
+
+def test_small_sites_are_told_before_anything_trains(
+    example: ModuleType, folders: Path, tmp_path: Path, capsys: Any
+) -> None:
+    """Twelve images a class are 38 training records; the private methods would have run first."""
+    out = tmp_path / "out"
+    given = ["--data", str(folders), "--out", str(out), *SHORT, "--epsilon", "8,inf", "--reference-batch", "40"]
+    assert example.main([*given, "--method", "linear,reference"]) == 1
+    told = capsys.readouterr().err
+    assert "FS-1664" in told
+    assert "--reference-batch" in told
+    assert "without the alignment" in told, "and that there is no target is said at once"
+    assert not list(out.rglob("cells/*"))
+
+
+@pytest.mark.slow
+def test_facmic_aligned_is_another_run_than_facmic(example: ModuleType, folders: Path, tmp_path: Path) -> None:
+    """The adapter depends on the target, and so on which images are one; a plain run does not."""
+    found: dict[str, list[bytes]] = {}
+    for name, target in (("test", ["--transductive"]), ("half", ["--halves"])):
+        out = tmp_path / name
+        given = ["--data", str(folders), "--out", str(out), "--epsilon", "8", *SHORT, "--rounds", "3", *target]
+        assert example.main([*given, "--method", "facmic,facmic-aligned"]) == 0
+        assert [row["method"] for row in rows_of(out)] == ["facmic", "facmic-aligned"]
+        for method in ("facmic", "facmic-aligned"):
+            (file,) = (out / "private" / method / "adapters").iterdir()
+            found.setdefault(method, []).append(read_tensors(file))
+    assert found["facmic"][0] == found["facmic"][1]
+    assert len({*found["facmic"], *found["facmic-aligned"]}) == 3
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        ("--data", "x", "--partition", "dirichlet:1"),
+        ("--data", "x", "--sites", "9"),
+        ("--features", "x.npz", "--model", "ViT-B-16"),
+        ("--features", "x.npz", "--origins", "x.csv"),
+        ("--data", "x", "--seeds", "0"),
+        ("--data", "x", "--reference-rounds", "0"),
+    ],
+    ids=" ".join,
+)
+def test_options_that_would_do_nothing_are_refused(
+    example: ModuleType, other: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        example.arguments(other)
+    assert other[2] in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
