@@ -127,10 +127,11 @@ def tables(data: Path, out: Path) -> list[Table]:
     folders = {
         "--data": str(data / "brain-tumor"),
         "--origins": str(data / "brain-tumor" / "manifest.csv"),
-        "--epsilon": "1,8,inf",
-        "--seeds": "3",
+        "--epsilon": "0.5,1,2,4,8,inf",
+        "--seeds": "5",
     }
     released = {**folders, "--epsilon": "inf", "--seeds": "1", "--transductive": ""}
+    others = ("probe", "fedfocal", "fedavg", "fedprox", "moon")
     private = ("linear", "facmic", "fedclip", "bottleneck", "prototypes", "ridge", "local-only-linear")
     scores = {
         "raw-394": "accuracy raw",
@@ -178,7 +179,11 @@ def tables(data: Path, out: Path) -> list[Table]:
         Table(
             "brain-tumor-private",
             "BT slices, tiny CLIP, private methods",
-            (Example({**folders, "--method": ",".join(private)}, out / "brain-tumor-private"),),
+            (
+                Example({**folders, "--method": ",".join(private)}, out / "brain-tumor-private"),
+                Example({**folders, "--method": "facmic-aligned", "--transductive": ""}, out / "brain-tumor-aligned"),
+                Example({**folders, "--method": ",".join(others)}, out / "brain-tumor-others"),
+            ),
             columns=scores,
         ),
         Table(
