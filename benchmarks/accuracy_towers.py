@@ -7,33 +7,24 @@ are FACMIC's brain-tumour slices, or generated scans of three made-up scanners a
 
 from __future__ import annotations
 
-import csv
-import io
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 from PIL import Image
 
-from fedsecure.config import DatasetConfig, EncoderConfig, PolicyConfig, SiteEntry, parse_settings
+from fedsecure.config import EncoderConfig
 from fedsecure.data.phantoms import CLASSES, SITES, generate
-from fedsecure.files import make_folder, write_whole
-from fedsecure.learning.evaluation import accuracy, balanced_accuracy
-from fedsecure.learning.inference import predict_images
+from fedsecure.files import make_folder
 from fedsecure.simulation.folders import Division, divide_folders
-from fedsecure.simulation.scaffold import SitePlan, lay_out
+from fedsecure.simulation.image_folders import image_scores, lay_out_division
 from fedsecure.simulation.simulate import SimulationOptions, Step, finished_rows, read_row, simulate, write_row
 from fedsecure.vision.encoder import load_encoder
 
 DELTA = 1e-5
 MODEL, PRETRAINED = "fedsecure-tiny", "bundled"
-# Above what a run without privacy is charged.
-_UNLIMITED = 1e9
-Rows = Sequence[int] | npt.NDArray[np.int64]
 SCANNERS = ("site_a", "site_b", "site_c")
 
 
@@ -110,51 +101,18 @@ class Towers:
         )
 
     def _lay_out(self, division: Division) -> None:
-        folder = make_folder(self.out / "layout")
-        policy = PolicyConfig(
-            max_epsilon=_UNLIMITED, delta=DELTA, unit="record", methods=(self.method, "evaluate"),
-            min_noise_multiplier=0.0, no_privacy=True,
-        )  # fmt: skip
-        entries, plans = {}, {}
-        held: list[tuple[str, Rows]] = [*division.train.items(), (division.test_site, division.tests["raw"])]
-        for name, rows in held:
-            file = folder / f"{name}.csv"
-            write_whole(file, self._manifest(division, name, rows))
-            training = name != division.test_site
-            section = DatasetConfig(name=name, path=file, format="manifest", public=not training)
-            entries[name] = SiteEntry(
-                role="train" if training else "evaluate",
-                max_units=len(rows) if training else 0,
-                evaluation_units=0 if training else len(rows),
-                evaluation_public=not training,
-            )
-            plans[name] = SitePlan(
-                train=section if training else None, evaluation=None if training else section, policy=policy
-            )
         encoder = load_encoder(MODEL, PRETRAINED, device="cpu")
         pinned = EncoderConfig(
             model=MODEL, pretrained=PRETRAINED, dimension=encoder.dimension, fingerprint=encoder.fingerprint
         )
-        content = {
-            "name": "towers",
-            "classes": division.classes,
-            "encoder": pinned.model_dump(),
-            "privacy": {
-                "unit": "record",
-                "max_records_per_unit": 1,
-                "delta": DELTA,
-                "spare_attempts": 0,
-                "minimum_signal_to_noise": 0.0,
-            },
-            "rounds": {"phase_seconds": 300.0, "silence_seconds": 300.0, "start_seconds": 300.0},
-            "sites": {name: entry.model_dump() for name, entry in entries.items()},
-        }
-        lay_out(
-            folder / "federation",
-            parse_settings(content, folder),
-            sites=plans,
-            listen="memory:0",
-            hosts=("localhost",),
+        lay_out_division(
+            division,
+            self.out / "layout",
+            encoder=pinned,
+            weights=None,
+            method=self.method,
+            delta=DELTA,
+            name="towers",
         )
 
     def _scored(self, row: Mapping[str, Any], division: Division) -> dict[str, Any]:
@@ -164,33 +122,9 @@ class Towers:
             return found
         adapter = self.out / "runs" / "adapters" / f"{row['cell']}.safetensors"
         scored: dict[str, Any] = {**row, "partition": "folders"}
-        tests: list[tuple[str, str, Rows]] = [(name, division.test_site, r) for name, r in division.tests.items()]
-        tests += [(site, site, rows) for site, rows in division.own.items()]
-        for name, site, rows in tests:
-            answers = predict_images(adapter, list(self._files(division, site, rows)), device="cpu")
-            predicted = np.array([division.classes.index(answer["class"]) for answer in answers])
-            labels = division.sites[site].labels[np.asarray(rows)]
-            totals = np.bincount(labels, minlength=len(division.classes))
-            hits = np.bincount(labels[predicted == labels], minlength=len(division.classes))
-            scored |= {
-                f"accuracy {name}": accuracy(hits, totals),
-                f"balanced accuracy {name}": balanced_accuracy(hits, totals),
-            }
+        scores = image_scores(division, adapter)
+        for name, one in {**scores["tests"], **scores["sites"]}.items():
+            scored |= {f"accuracy {name}": one["accuracy"], f"balanced accuracy {name}": one["balanced_accuracy"]}
         make_folder(self.out / "scored" / "cells")
         write_row(self.out / "scored", row["cell"], scored)
         return scored
-
-    def _files(self, division: Division, site: str, rows: Rows) -> Iterator[Path]:
-        """Of a site's slices."""
-        return (self.data.resolve() / site / division.sites[site].record_ids[int(row)] for row in rows)
-
-    def _manifest(self, division: Division, site: str, rows: Rows) -> bytes:
-        text = io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        labels = division.sites[site].labels[np.asarray(rows)]
-        writer.writerow(("file", "label"))
-        writer.writerows(
-            (file, division.classes[label])
-            for file, label in zip(self._files(division, site, rows), labels, strict=True)
-        )
-        return text.getvalue().encode()

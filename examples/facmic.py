@@ -24,12 +24,13 @@ from typing import Any
 
 from fedsecure.cli.display import err, out, show_error
 from fedsecure.cli.simulated import simulation_progress
-from fedsecure.config import default_rounds
+from fedsecure.config import EncoderChoice, EncoderConfig, default_rounds
 from fedsecure.errors import ConfigError, FedsecureError
 from fedsecure.methods.base import TrainingMethod
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation import alone, reference
-from fedsecure.simulation.folders import Experiment, from_pool, lay_out_experiment, read_folders
+from fedsecure.simulation.folders import Experiment, divide_folders, from_pool, lay_out_experiment, read_folders
+from fedsecure.simulation.image_folders import ScoredRuns, lay_out_division
 from fedsecure.simulation.pool import read_pool
 from fedsecure.simulation.simulate import (
     SimulationOptions,
@@ -42,6 +43,7 @@ from fedsecure.simulation.simulate import (
     simulate,
 )
 from fedsecure.simulation.tables import epsilon_text, write_results
+from fedsecure.vision.encoder import load_encoder
 
 METHODS = (
     "facmic", "linear", "prototypes", "ridge", "fedclip", "bottleneck", "fedfocal", "probe", "fedavg", "fedprox",
@@ -79,7 +81,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--centre", default="file", help="public mean of --features; as fedsecure simulate")
     parser.add_argument(
         "--method",
-        help=f"installed methods with commas; default: {', '.join(METHODS)}, "
+        help=f"installed methods with commas, also promptfl and lora with --data; default: {', '.join(METHODS)}, "
         f"{ALIGNED} where there is a target, and the references where --epsilon has inf",
     )
     parser.add_argument("--epsilon", default="1,3,8,inf")
@@ -122,6 +124,14 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
             names = (*(reference.NAMES if aligns else ("reference", *reference.OTHERS)), *names)
     else:
         names = listed(options.method)
+    inside = [name for name in names if name not in reference.NAMES and takes_images(name)]
+    if inside and (options.data is None or options.halves):
+        raise ConfigError(
+            "FS-1010",
+            f"method {inside[0]}, which trains inside CLIP's towers, on {'halves' if options.data else 'features'}",
+            expected="--data, without --halves",
+            cure="bring images, or leave the method out",
+        )
     if ALIGNED in names and not (aligns and options.data is not None):
         raise ConfigError(
             "FS-1010",
@@ -150,6 +160,16 @@ def method_of(name: str) -> TrainingMethod:
     """The installed method behind a name; ConfigError FS-1004."""
     name = installed(name)
     return alone.trained_alone(name) if name.startswith(alone.PREFIX) else load_training_method(name)
+
+
+def takes_images(name: str) -> bool:
+    """Whether a method trains inside CLIP's towers."""
+    return getattr(method_of(name), "inputs", "features") != "features"
+
+
+def weights_of(options: argparse.Namespace) -> Path | None:
+    file = Path(options.pretrained)
+    return file if file.is_file() else None
 
 
 def installed(name: str) -> str:
@@ -183,7 +203,12 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
             chosen = replace(simulation(name), epsilons=epsilons)
             for row in simulate(chosen, watch=here)["rows"]:
                 file = chosen.out / "adapters" / f"{row['cell']}.safetensors"
-                scores = reference.adapter_scores(experiment(row["seed"]), file)
+                if takes_images(name):
+                    division = divide_folders(options.data, eval_site=options.eval_site, origins=options.origins)
+                    kept_scores = ScoredRuns(options.out / "private" / name / "scored")
+                    scores = kept_scores.score(row, division, file, weights=weights_of(options))
+                else:
+                    scores = reference.adapter_scores(experiment(row["seed"]), file)
                 rows.append({**row, "method": name, "tests": scores["tests"], "site_scores": scores["sites"]})
         kept = open_results(options.out / "reference") if cells else None
         for done, (name, seed) in enumerate(cells):
@@ -291,6 +316,21 @@ def prepare(
     )
 
     def on_folders(method: str) -> SimulationOptions:
+        if takes_images(method):
+            name, pretrained = ("fedsecure-tiny", "bundled") if tiny else (options.model, options.pretrained)
+            choice = EncoderChoice(model=name, pretrained="file" if weights_of(options) else pretrained)
+            measured = load_encoder(name, pretrained)
+            layout = lay_out_division(
+                divide_folders(options.data, eval_site=options.eval_site, origins=options.origins),
+                options.out / "layout" / method,
+                encoder=EncoderConfig(
+                    **choice.model_dump(), dimension=measured.dimension, fingerprint=measured.fingerprint
+                ),
+                weights=weights_of(options),
+                method=method,
+                delta=options.delta,
+            )
+            return replace(common(method), federation=layout)
         overlaps = options.transductive or options.halves
         layout = lay_out_experiment(
             experiment,

@@ -331,6 +331,7 @@ def lay_out_sections(
     delta: float,
     settings: Mapping[str, Any] | None = None,
     target: Path | None = None,
+    name: str = "experiment",
 ) -> Path:
     """Data sets that are on disk as a federation: public ones are evaluated on, by sites of their own.
 
@@ -342,6 +343,7 @@ def lay_out_sections(
         files: site → its ``encoder_file``; the aggregator gets that of ``test``.
         method, delta, settings: as for :func:`lay_out_experiment`.
         target: everybody's ``target_file``.
+        name: of the federation, which is the public seed of an adapter's first weights.
 
     Returns, raises: as :func:`lay_out_experiment`.
     """
@@ -355,22 +357,22 @@ def lay_out_sections(
     )
     entries: dict[str, SiteEntry] = {}
     plans: dict[str, SitePlan] = {}
-    for name, (section, count) in sections.items():
-        entries[name] = SiteEntry(
+    for site, (section, count) in sections.items():
+        entries[site] = SiteEntry(
             role="evaluate" if section.public else "train",
             max_units=0 if section.public else count,
             evaluation_units=count if section.public else 0,
             evaluation_public=section.public,
         )
-        plans[name] = SitePlan(
+        plans[site] = SitePlan(
             train=None if section.public else section,
             evaluation=section if section.public else None,
             policy=policy,
-            encoder_file=files[name],
+            encoder_file=files[site],
             target_file=target,
         )
     content = {
-        "name": "experiment",
+        "name": name,
         "classes": tuple(classes),
         "encoder": encoder.model_dump(),
         "privacy": {
@@ -382,7 +384,7 @@ def lay_out_sections(
         },
         "method": dict(settings or {}),
         "rounds": {"phase_seconds": 300.0, "silence_seconds": 300.0, "start_seconds": 300.0},
-        "sites": {name: entry.model_dump() for name, entry in entries.items()},
+        "sites": {site: entry.model_dump() for site, entry in entries.items()},
     }
     return lay_out(
         folder / "federation",

@@ -159,6 +159,27 @@ def test_facmic_aligned_is_another_run_than_facmic(example: ModuleType, folders:
     assert len({*found["facmic"], *found["facmic-aligned"]}) == 3
 
 
+@pytest.mark.slow
+def test_methods_inside_the_towers_train_on_the_images(
+    example: ModuleType, folders: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    given = ["--data", str(folders), "--out", str(out), "--epsilon", "8", "--seeds", "1", "--rounds", "1"]
+    assert example.main([*given, "--method", "linear,promptfl,lora"]) == 0
+    rows = rows_of(out)
+    assert [row["method"] for row in rows] == ["linear", "promptfl", "lora"]
+    for row in rows:
+        # What the federation counted on the test site is what the kept adapter scores on its images.
+        assert float(row["accuracy raw"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
+        assert {f"accuracy {name}" for name in ("clean", "site_a", "site_b", "site_c")} <= set(row)
+    monkeypatch.setattr(simulation, "run_in_memory", None)
+    monkeypatch.setattr("fedsecure.simulation.image_folders.image_scores", None)
+    assert example.main([*given, "--method", "linear,promptfl,lora"]) == 0
+    assert rows_of(out) == rows
+    assert example.main(["--features", "x.npz", "--out", str(tmp_path / "other"), "--method", "lora"]) == 1
+    assert "trains inside CLIP's towers" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "other",
     [
