@@ -351,7 +351,9 @@ def warn(experiment: Experiment, *, aligned: bool) -> None:
     shared = experiment.overlap.shared()
     if shared:
         err.print(
-            f"{len(shared)} images lie at more than one site; see fedsecure duplicates. Test sets:", style="yellow"
+            f"{len(shared)} images lie at more than one site; see fedsecure duplicates (--near 2 finds copies that were "
+            "saved anew, too). Test sets:",
+            style="yellow",
         )
         err.print("  " + ", ".join(f"{name} {len(part)}" for name, part in experiment.tests.items()))
 

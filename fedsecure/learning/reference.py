@@ -4,6 +4,9 @@ Wu, Desrosiers, Chaddad: FACMIC (MICCAI 2024) and its released program; FedCLIP 
 differs by a Tanh gate and has no alignment. Batch normalisation, an in-batch contrastive loss and LMMD couple the
 records of a batch, so nothing here can be made private by clipping: whoever trains with it must have said that the run
 is not private.
+
+One difference to the program: there all sites draw target batches from one shuffled stream in turn, here each from its
+own, so that what a site does depends on no other's.
 """
 
 from __future__ import annotations

@@ -106,7 +106,7 @@ def set_limit(
         dataset: name as in the site's configuration.
         population: ``"train"`` or ``"evaluation"``.
         epsilon: finite, above 0; may be above or below the limit before.
-        delta: in (0, 1).
+        delta: above 0, at most 1e-3.
         reason: a sentence for the record.
 
     Returns:

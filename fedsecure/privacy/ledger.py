@@ -35,6 +35,8 @@ from fedsecure.privacy.report_text import SEEDED
 from fedsecure.privacy.unit_sets import Account, Charge, Overlaps, UnitSet, accounts, store_set
 
 POPULATIONS: tuple[Population, ...] = ("train", "evaluation")
+# Of an officer's limit.
+LARGEST_DELTA = 1e-3
 # The accountant's own rounding.
 MARGIN = 1 + 1e-9
 
@@ -185,10 +187,12 @@ class Ledger(LedgerStore):
         Raises:
             LedgerError: FS-1267 ε or δ is out of range, FS-1259 no reason is given.
         """
-        if not (0 < limit.epsilon < math.inf and 0 < limit.delta < 1):
+        # Whatever the data set: at a larger δ a limit says next to nothing, and what is left of it looks large.
+        if not (0 < limit.epsilon < math.inf and 0 < limit.delta <= LARGEST_DELTA):
             raise LedgerError(
                 "FS-1267", f"a limit of ε = {limit.epsilon!r} at δ = {limit.delta!r}",
-                expected="a finite ε above 0 and δ in (0, 1)", cure="name a limit that can be kept",
+                expected=f"a finite ε above 0, and δ in (0, {LARGEST_DELTA:g}], best below a tenth of 1/units",
+                cure="name a limit that can be kept",
             )  # fmt: skip
         self._check_reason(reason)
         self._checked(dataset, population, (), None)

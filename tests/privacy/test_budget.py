@@ -101,6 +101,7 @@ def test_a_limit_holds_at_its_own_delta(path: Path) -> None:
         ({"epsilon": math.nan}, "FS-1267"),
         ({"delta": 0.0}, "FS-1267"),
         ({"delta": 1.0}, "FS-1267"),
+        ({"delta": 0.002}, "FS-1267"),
         ({"reason": " "}, "FS-1259"),
         ({"population": "tuning"}, "FS-1259"),
         ({"dataset": ""}, "FS-1259"),
