@@ -58,20 +58,32 @@ WHY = (
 Watch = Callable[[int, int], None]
 
 
+_KNOWN = {
+    "class_gradients": ("full", "diagonal"),
+    "matching_cosine": ("rows", "matrix"),
+    "negatives": ("text", "features"),
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Settings:
     """What the published training may be told; the defaults are the released program's.
 
     Attributes:
         students: ``resnet8`` or ``features``.
-        width, norm: of ResNet-8.
+        width, norm, projection: of ResNet-8; projection 0 is the teacher's width, which CLIP2FL needs, and CReFF's own
+            program has 256.
         rounds, online, epochs, batch, rate: the schedule.
         bfloat16: precision of training's forward passes; float32 otherwise.
         strength, temperature: of distillation, β and T.
         last, each: rounds in which the side branch runs, and federated features a class.
+        class_gradients: ``full`` as published, or ``diagonal``: each class's own row.
         matching_steps, matching_rate, retraining_epochs, retraining_rate: of the branch.
+        matching_cosine: ``rows`` as published, or one for the whole ``matrix`` of a class.
+        warm_start: the classifier goes on from the last one, as the paper's text has it, not from a fresh one.
         contrast, contrast_temperature, contrast_sum: η, τ, and whether the contrast is summed, as in the paper, or
             averaged, as released.
+        negatives: of the contrast: other classes' ``text`` as released, or other ``features`` as in equation 7.
         text_start: federated features begin at their class's text, in CLIP2FL with students of features.
         tau: of τ-normalisation.
     """
@@ -79,6 +91,7 @@ class Settings:
     students: str = "features"
     width: int = 4
     norm: str = "batch"
+    projection: int = 0
     rounds: int = 200
     online: int = 8
     epochs: int = 10
@@ -89,13 +102,17 @@ class Settings:
     temperature: float = 3.0
     last: int = 200
     each: int = 100
+    class_gradients: str = "full"
     matching_steps: int = 100
     matching_rate: float = 0.1
+    matching_cosine: str = "rows"
     retraining_epochs: int = 300
     retraining_rate: float = 0.01
+    warm_start: bool = False
     contrast: float = 0.001
     contrast_temperature: float = 0.1
     contrast_sum: bool = False
+    negatives: str = "text"
     text_start: bool = False
     tau: float = 1.0
 
@@ -103,8 +120,16 @@ class Settings:
         """ConfigError FS-1010: what would end a run only after it has trained ends it here."""
         least = {
             **dict.fromkeys(("width", "rounds", "online", "epochs", "batch", "last", "each", "retraining_epochs"), 1),
-            **dict.fromkeys(("matching_steps", "strength", "contrast", "tau"), 0),
+            **dict.fromkeys(("matching_steps", "strength", "contrast", "tau", "projection"), 0),
         }
+        for name, known in _KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    "FS-1010",
+                    f"--{name.replace('_', '-')} {getattr(self, name)}",
+                    expected=" or ".join(known),
+                    cure="see python examples/clip2fl.py --help",
+                )
         above = ("rate", "temperature", "matching_rate", "retraining_rate", "contrast_temperature")
         for name in (*least, *above):
             value = getattr(self, name)
@@ -156,6 +181,14 @@ def run_published(
     """
     check_consent(epsilon, reason, why=WHY, instead="clip2fl")
     check_public(tail, trunk)
+    width = tail.source.text.shape[1]
+    if "clip2fl-published" in names and settings.projection not in (0, width):
+        raise ConfigError(
+            "FS-1010",
+            f"--projection {settings.projection} with clip2fl-published",
+            expected=f"0 or {width}: its features are drawn to the texts, and are as wide",
+            cure="leave the option or the method out",
+        )
     from fedsecure import __version__
 
     shown = hashlib.sha256(tail.source.public.labels.tobytes()).hexdigest()
@@ -192,7 +225,8 @@ def run_published(
         classes, width = student.head.weight.shape
         beside = 0
         if name in _WITH_GRADIENTS:
-            beside = ClassGradients(classes, width, rows="full").length * min(settings.last, settings.rounds)
+            layout = ClassGradients(classes, width, rows=settings.class_gradients)  # type: ignore[arg-type]
+            beside = layout.length * min(settings.last, settings.rounds)
         elif name == "ccvr":
             beside = classes * (1 + width + width**2)
         row |= {"rounds": settings.rounds, "bytes_up": sent * settings.rounds + 4 * beside, "cell": key}
@@ -310,7 +344,7 @@ def _records(tail: LongTail, settings: Settings) -> tuple[Any, dict[str, Records
         inputs=source.text.shape[1],
         width=settings.width,
         norm=settings.norm,  # type: ignore[arg-type]
-        projection=source.text.shape[1],
+        projection=settings.projection or source.text.shape[1],
     )
 
     def made(part: Part, held: Pixels | None) -> Records:
@@ -366,11 +400,13 @@ def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch 
             "creff",
             last=settings.last,
             each=settings.each,
-            matching=Matching(settings.matching_steps, settings.matching_rate),
+            matching=Matching(settings.matching_steps, settings.matching_rate, settings.matching_cosine),  # type: ignore[arg-type]
             retraining=retraining,
             contrast=contrast,
             text=None if contrast is None else tail.source.text,
             text_start=settings.text_start,
+            rows=settings.class_gradients,
+            warm=settings.warm_start,
             seed=seed,
         )
 
@@ -382,5 +418,10 @@ def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch 
         return retrained(None)
     if name == "clip2fl-published":
         reduction: Any = "sum" if settings.contrast_sum else "mean"
-        return retrained(PrototypeContrast(settings.contrast, settings.contrast_temperature, reduction=reduction))
+        negatives: Any = settings.negatives
+        return retrained(
+            PrototypeContrast(
+                settings.contrast, settings.contrast_temperature, negatives=negatives, reduction=reduction
+            )
+        )
     return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -133,7 +134,17 @@ def test_the_sets_of_the_papers_have_their_sizes(split: str, imbalance: int) -> 
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("--last", "0"), ("--each", "0"), ("--temperature", "0"), ("--tau", "-5"), ("--rate", "nan"), ("--seeds", "0")],
+    [
+        *(
+            ("--last", "0"),
+            ("--each", "0"),
+            ("--temperature", "0"),
+            ("--tau", "-5"),
+            ("--rate", "nan"),
+            ("--seeds", "0"),
+        ),
+        *(("--negatives", "images"), ("--matching-cosine", "row"), ("--projection", "5")),
+    ],
 )
 def test_settings_that_would_spoil_a_run_are_refused_before_it(
     example: ModuleType, file: Path, tmp_path: Path, capsys: Any, option: str, value: str
@@ -194,6 +205,23 @@ def test_every_published_method_in_one_command_that_resumes(
     assert example.main(given) == 0
     assert example.main([*given, "--rounds", "3", "--epsilon", "8"]) == 1
     assert "FS-1218" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_form_of_the_paper_is_another_training_than_the_program(file: Path, tmp_path: Path) -> None:
+    """Equation 7's negatives, a classifier that goes on, one cosine a class, diagonal rows: each changes the result."""
+    given = replace(QUICK, last=2, contrast=1.0, contrast_sum=True)
+    forms = [{}, {"negatives": "features"}, {"warm_start": True}, {"matching_cosine": "matrix"}]
+    rows = []
+    for number, form in enumerate([*forms, {"class_gradients": "diagonal"}]):
+        (row,) = run_published(
+            tail_of(file), "fedavg-distilled", ["clip2fl-published"], out=open_results(tmp_path / str(number)),
+            seed=0, reason="public", partition="p", settings=replace(given, **form),  # type: ignore[arg-type]
+        )  # fmt: skip
+        rows.append(row)
+    assert len({json.dumps(row["moved"]) for row in rows[:4]}) >= 3
+    assert rows[4]["bytes_up"] < rows[0]["bytes_up"] == rows[1]["bytes_up"]
+    assert len({row["cell"] for row in rows}) == 5
 
 
 @pytest.mark.slow
