@@ -33,7 +33,7 @@ from fedsecure.simulation.clip2fl import (
     WHY,
     ZERO_SHOT,
     Settings,
-    check_public,
+    check_method,
     run_published,
     run_zero_shot,
     scores_of_adapter,
@@ -137,7 +137,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     with simulation_progress(live=True) as watch:
         tails = prepare(options, watch)
         for name in published:
-            check_public(tails(0), name)
+            check_method(tails(0), name, settings)
         rows: list[dict[str, Any]] = []
         diverged: list[str] = []
         for seed in range(options.seeds):

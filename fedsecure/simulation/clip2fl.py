@@ -180,15 +180,8 @@ def run_published(
         ConfigError: FS-1010 images are asked for, and there are none.
     """
     check_consent(epsilon, reason, why=WHY, instead="clip2fl")
-    check_public(tail, trunk)
-    width = tail.source.text.shape[1]
-    if "clip2fl-published" in names and settings.projection not in (0, width):
-        raise ConfigError(
-            "FS-1010",
-            f"--projection {settings.projection} with clip2fl-published",
-            expected=f"0 or {width}: its features are drawn to the texts, and are as wide",
-            cure="leave the option or the method out",
-        )
+    for name in names:
+        check_method(tail, name, settings)
     from fedsecure import __version__
 
     shown = hashlib.sha256(tail.source.public.labels.tobytes()).hexdigest()
@@ -237,14 +230,23 @@ def run_published(
     return rows
 
 
-def check_public(tail: LongTail, trunk: str) -> None:
-    """ConfigError FS-1010 where a method learns from public records and there are none."""
-    if trunk in _OF_PUBLIC and not len(tail.source.public):
+def check_method(tail: LongTail, name: str, settings: Settings) -> None:
+    """ConfigError FS-1010 where a method learns from public records and there are none, or draws features to texts of
+    another width."""
+    if name in _OF_PUBLIC and not len(tail.source.public):
         raise ConfigError(
             "FS-1010",
-            f"method {trunk} without public records",
+            f"method {name} without public records",
             expected="some records of each class that are declared public",
             cure="leave the method out, or give --public-each, a `public` folder or a split of a feature file",
+        )
+    width = tail.source.text.shape[1]
+    if name == "clip2fl-published" and settings.projection not in (0, width):
+        raise ConfigError(
+            "FS-1010",
+            f"--projection {settings.projection} with {name}",
+            expected=f"0 or {width}: its features are drawn to the texts, and are as wide",
+            cure="leave the option or the method out",
         )
 
 
