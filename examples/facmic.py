@@ -28,6 +28,7 @@ from fedsecure.config import EncoderChoice, EncoderConfig, default_rounds
 from fedsecure.errors import ConfigError, FedsecureError
 from fedsecure.methods.base import TrainingMethod
 from fedsecure.methods.registry import load_training_method
+from fedsecure.methods.towers import TowerDescent
 from fedsecure.simulation import alone, reference
 from fedsecure.simulation.folders import Experiment, divide_folders, from_pool, lay_out_experiment, read_folders
 from fedsecure.simulation.image_folders import ScoredRuns, lay_out_division
@@ -163,8 +164,9 @@ def method_of(name: str) -> TrainingMethod:
 
 
 def takes_images(name: str) -> bool:
-    """Whether a method trains inside CLIP's towers."""
-    return getattr(method_of(name), "inputs", "features") != "features"
+    """Whether a method trains inside CLIP's towers, and so needs the encoder and images at the sites."""
+    method = method_of(name)
+    return isinstance(method, TowerDescent) or getattr(method, "inputs", "features") != "features"
 
 
 def weights_of(options: argparse.Namespace) -> Path | None:

@@ -108,7 +108,7 @@ class ScoredRuns:
         """Of a run's adapter; computed where they are not there yet."""
         found = read_row(self.out, row["cell"])
         if found is None:
-            found = image_scores(division, adapter, weights=weights)
+            found = {"epsilon": row["epsilon"], **image_scores(division, adapter, weights=weights)}
             make_folder(self.out / "cells")
             write_row(self.out, row["cell"], found)
         return {name: found[name] for name in ("tests", "sites")}

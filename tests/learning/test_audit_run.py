@@ -145,7 +145,7 @@ def weak_discrete(patch: pytest.MonkeyPatch) -> None:
 
 def weak_gaussian(patch: pytest.MonkeyPatch) -> None:
     sound = PrivacyRng.gaussian
-    patch.setattr(PrivacyRng, "gaussian", lambda self, n: 0.9 * sound(self, n))
+    patch.setattr(PrivacyRng, "gaussian", lambda self, n, std=1.0: 0.9 * sound(self, n, std))
 
 
 def one_seed(patch: pytest.MonkeyPatch) -> None:
