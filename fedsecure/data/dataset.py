@@ -129,7 +129,7 @@ class Subset:
 
     @cached_property
     def paths(self) -> tuple[Path, ...] | None:
-        paths = getattr(self._base, "paths", None)
+        paths = paths_of(self._base)
         return None if paths is None else tuple(paths[i] for i in self._rows)
 
     def __len__(self) -> int:
@@ -147,6 +147,12 @@ class Subset:
 
     def content_key(self, i: int) -> bytes:
         return self._base.content_key(int(self._rows[i]))
+
+
+def paths_of(records: Dataset) -> tuple[Path, ...] | None:
+    """The file of each record; None where records are no files, or the data set does not say."""
+    paths: tuple[Path, ...] | None = getattr(records, "paths", None)
+    return paths
 
 
 def no_records(name: str) -> DataError:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from fedsecure.messages import Population
 
-# Where a run by record has charged records of a patient, it leaves this patient's mark.
+# What a run by record has charged it marks, under each of its names: whose records they are may be known later only.
 _BY_RECORD = "by record/"
 
 
@@ -74,7 +74,7 @@ def payers(names: Names, population: Population, *, unit: Literal["patient", "re
         unit: of the run.
         key: the ledger's secret.
     """
-    marks = [_BY_RECORD + name for name in names.patients]
+    marks = [_BY_RECORD + name for name in (*names.patients, *names.records)]
     everything = [*names.patients, *names.records, *names.rows]
     by_patient = unit == "patient"
     # By record, a patient may have records in both populations.

@@ -103,7 +103,7 @@ def run_alone(
         task, tensors = _train(method, experiment, part, steps=steps, noise=noise, rng=rng, seed=seed)
 
         def of(held: Part, task: HeadTask = task, tensors: Mapping[str, Any] = tensors) -> Scores:
-            return score(predict(task, tensors, held.features)[0], held, len(experiment.classes))
+            return score(predict(task, tensors, held.features)[0], held.labels, len(experiment.classes))
 
         for test, held in experiment.tests.items():
             found[test].append(of(held))

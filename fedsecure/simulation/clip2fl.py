@@ -14,12 +14,12 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 
 from fedsecure.errors import ConfigError
-from fedsecure.learning.class_gradients import ClassGradients
+from fedsecure.learning.class_gradients import ClassGradients, Rows
 from fedsecure.simulation.folders import Part
 from fedsecure.simulation.reference import check_consent
 from fedsecure.simulation.simulate import read_row, write_row
@@ -58,11 +58,9 @@ WHY = (
 Watch = Callable[[int, int], None]
 
 
-_KNOWN = {
-    "class_gradients": ("full", "diagonal"),
-    "matching_cosine": ("rows", "matrix"),
-    "negatives": ("text", "features"),
-}
+Cosine = Literal["rows", "matrix"]
+Negatives = Literal["text", "features"]
+_KNOWN = {"class_gradients": get_args(Rows), "matching_cosine": get_args(Cosine), "negatives": get_args(Negatives)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +100,17 @@ class Settings:
     temperature: float = 3.0
     last: int = 200
     each: int = 100
-    class_gradients: str = "full"
+    class_gradients: Rows = "full"
     matching_steps: int = 100
     matching_rate: float = 0.1
-    matching_cosine: str = "rows"
+    matching_cosine: Cosine = "rows"
     retraining_epochs: int = 300
     retraining_rate: float = 0.01
     warm_start: bool = False
     contrast: float = 0.001
     contrast_temperature: float = 0.1
     contrast_sum: bool = False
-    negatives: str = "text"
+    negatives: Negatives = "text"
     text_start: bool = False
     tau: float = 1.0
 
@@ -218,7 +216,7 @@ def run_published(
         classes, width = student.head.weight.shape
         beside = 0
         if name in _WITH_GRADIENTS:
-            layout = ClassGradients(classes, width, rows=settings.class_gradients)  # type: ignore[arg-type]
+            layout = ClassGradients(classes, width, rows=settings.class_gradients)
             beside = layout.length * min(settings.last, settings.rounds)
         elif name == "ccvr":
             beside = classes * (1 + width + width**2)
@@ -402,7 +400,7 @@ def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch 
             "creff",
             last=settings.last,
             each=settings.each,
-            matching=Matching(settings.matching_steps, settings.matching_rate, settings.matching_cosine),  # type: ignore[arg-type]
+            matching=Matching(settings.matching_steps, settings.matching_rate, settings.matching_cosine),
             retraining=retraining,
             contrast=contrast,
             text=None if contrast is None else tail.source.text,
@@ -420,10 +418,9 @@ def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch 
         return retrained(None)
     if name == "clip2fl-published":
         reduction: Any = "sum" if settings.contrast_sum else "mean"
-        negatives: Any = settings.negatives
         return retrained(
             PrototypeContrast(
-                settings.contrast, settings.contrast_temperature, negatives=negatives, reduction=reduction
+                settings.contrast, settings.contrast_temperature, negatives=settings.negatives, reduction=reduction
             )
         )
     return None

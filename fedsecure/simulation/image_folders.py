@@ -19,10 +19,10 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsecure.config import DatasetConfig, EncoderConfig
+from fedsecure.data.dataset import paths_of
 from fedsecure.files import make_folder, write_whole
-from fedsecure.learning.evaluation import accuracy, balanced_accuracy
 from fedsecure.simulation.folders import Division, lay_out_sections
-from fedsecure.simulation.reference import Scores
+from fedsecure.simulation.reference import Scores, score
 from fedsecure.simulation.simulate import read_row, write_row
 
 Rows = Sequence[int] | npt.NDArray[np.int64]
@@ -77,14 +77,7 @@ def image_scores(division: Division, adapter: Path, *, weights: Path | None = No
     def of(site: str, rows: Rows) -> Scores:
         answers = predict_images(adapter, list(_files(division, site, rows)), weights=weights)
         predicted = np.array([division.classes.index(answer["class"]) for answer in answers])
-        labels = division.sites[site].labels[np.asarray(rows)]
-        totals = np.bincount(labels, minlength=len(division.classes))
-        hits = np.bincount(labels[predicted == labels], minlength=len(division.classes))
-        return {
-            "accuracy": accuracy(hits, totals),
-            "balanced_accuracy": balanced_accuracy(hits, totals),
-            "records": len(labels),
-        }
+        return score(predicted, division.sites[site].labels[np.asarray(rows)], len(division.classes))
 
     return {
         "tests": {name: of(division.test_site, rows) for name, rows in division.tests.items()},
@@ -115,7 +108,8 @@ class ScoredRuns:
 
 
 def _files(division: Division, site: str, rows: Rows) -> Iterator[Path]:
-    paths: Sequence[Path] = division.sites[site].paths  # type: ignore[attr-defined]
+    paths = paths_of(division.sites[site])
+    assert paths is not None, "a division is of folders of images"
     return (paths[int(row)].resolve() for row in rows)
 
 

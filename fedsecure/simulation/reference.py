@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from fedsecure.data.dataset import Labels
 from fedsecure.errors import ModelError, PrivacyError
 from fedsecure.learning.evaluation import accuracy, balanced_accuracy
 from fedsecure.simulation.folders import Experiment, Part
@@ -227,7 +228,8 @@ def _scores(
     from fedsecure.learning.reference import predict
 
     def of(part: Part, values: dict[str, Float32]) -> Scores:
-        return score(predict(values, part.features, experiment.text, gate=recipe.gate), part, len(experiment.classes))
+        found = predict(values, part.features, experiment.text, gate=recipe.gate)
+        return score(found, part.labels, len(experiment.classes))
 
     different = list({id(values): values for values in held.values()}.values())
     tests = {}
@@ -236,14 +238,14 @@ def _scores(
     return {"tests": tests, "sites": {name: of(part, held[name]) for name, part in experiment.own.items()}}
 
 
-def score(predicted: Any, part: Part, classes: int) -> Scores:
+def score(predicted: Any, labels: Labels, classes: int) -> Scores:
     """Accuracy, balanced accuracy and the number of records."""
-    totals = np.bincount(part.labels, minlength=classes)
-    hits = np.bincount(part.labels[predicted == part.labels], minlength=classes)
+    totals = np.bincount(labels, minlength=classes)
+    hits = np.bincount(labels[predicted == labels], minlength=classes)
     return {
         "accuracy": accuracy(hits, totals),
         "balanced_accuracy": balanced_accuracy(hits, totals),
-        "records": len(part),
+        "records": len(labels),
     }
 
 
@@ -257,7 +259,7 @@ def zero_shot(experiment: Experiment) -> dict[str, Scores]:
     """Plain CLIP on each test set: the class whose text is nearest."""
     text = experiment.text / np.linalg.norm(experiment.text, axis=1, keepdims=True)
     return {
-        name: score((part.features @ text.T).argmax(axis=1), part, len(experiment.classes))
+        name: score((part.features @ text.T).argmax(axis=1), part.labels, len(experiment.classes))
         for name, part in experiment.tests.items()
     }
 
@@ -274,7 +276,7 @@ def adapter_scores(experiment: Experiment, file: Path) -> dict[str, Scores]:
 
     def of(part: Part) -> Scores:
         found, _ = adapter.predict(part.features, fingerprint=adapter.metadata.fingerprint)
-        return score(found, part, len(experiment.classes))
+        return score(found, part.labels, len(experiment.classes))
 
     return {
         "tests": {name: of(part) for name, part in experiment.tests.items()},

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from fedsecure.config import DatasetConfig
-from fedsecure.data.dataset import Dataset
+from fedsecure.data.dataset import Dataset, paths_of
 from fedsecure.data.loading import open_dataset
 from fedsecure.errors import DataError, PrivacyError
 from fedsecure.learning.encoding import pace
@@ -211,7 +211,7 @@ class Sources:
 
 
 def _names(records: Dataset, *, place: str, given: bool) -> Names:
-    files = getattr(records, "paths", None)
+    files = paths_of(records)
     rows = [f"record/{place}/{name}" for name in records.record_ids]
     return Names(
         patients=[f"patient/{name}" for name in dict.fromkeys(records.patient_ids or ())],

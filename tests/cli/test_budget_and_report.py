@@ -33,6 +33,18 @@ def ledger(tmp_path: Path) -> Path:
     return path
 
 
+def test_show_says_whose_noise_came_from_a_seed(command: Command, ledger: Path) -> None:
+    assert "seed" not in command("budget", "show", "--ledger", ledger).out
+    with Ledger(ledger) as opened:
+        opened.reserve(
+            dataset="chest x-rays 2026", population="train", events=(Event("train", "training", 5.0, 2.5),),
+            run="ab" * 16, round=9, attempt=0, query_digest=DIGEST, limit_epsilon=8.0, delta=1e-5, seeded=True,
+        )  # fmt: skip
+    shown = " ".join(command("budget", "show", "--ledger", ledger).out.split())
+    assert "1 of 3 releases had noise from a seed" in shown
+    assert "NO PRIVACY (seeded)" in command("budget", "history", "--ledger", ledger).out
+
+
 def test_show_says_what_is_left(command: Command, ledger: Path) -> None:
     (row,) = json.loads(command("budget", "show", "--ledger", ledger, "--json").out)["datasets"]
     assert (row["releases"], row["remaining"], row["releases_left"]) == (2, None, None)

@@ -19,6 +19,9 @@ def test_the_command_prints_table_reason_and_settings(command: Command) -> None:
     found = json.loads(ended.out)
     assert found["recommended"]["method"] == "linear"
     assert len(found["candidates"]) == 8
+    assert found["delta"] == 1e-5
+    large = command("plan", "--sites", "3", "--units", "200000", "--classes", "5", "--json")
+    assert json.loads(large.out)["delta"] == 1e-7, "a tenth of one over the units, rounded down"
     refused = command("plan", "--sites", "3")
     assert refused.status == 1
     assert "FS-1015" in refused.err

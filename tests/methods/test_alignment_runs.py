@@ -103,6 +103,21 @@ def test_both_engines_clip_the_aligned_objective_alike() -> None:
         np.testing.assert_allclose(one, two, rtol=1e-6, atol=1e-9)
 
 
+def test_a_rare_class_pulls_harder_up_to_the_cap() -> None:
+    """1/(C·π_c), at most 3 (facmic.md §5.4-4), by the shares that the run has."""
+    task, tensors, rng = a_task()
+    given: Any = {"target": rng.normal(size=(20, D)).astype(np.float32), "source": None, "strength": 1.0}
+    given["frequencies"] = frequencies_of(task, given["target"], count=16, seed=0)
+    shares = np.full(K, 0.03)
+    shares[0] = 1 - 0.03 * (K - 1)
+    even, tilted = (
+        witness_of(replace(task, log_prior=prior), tensors, **given).weights
+        for prior in (None, np.log(shares).astype(np.float32))
+    )
+    assert np.ptp(even) == 0
+    assert np.asarray(tilted / even) == pytest.approx(np.minimum(1 / (K * shares), 3.0), rel=1e-5)
+
+
 @pytest.mark.parametrize("size", [1.0, 1e4])
 def test_one_unit_moves_the_aligned_sum_by_no_more_than_the_clip_norm(size: float) -> None:
     """Whatever the weights of the terms are."""

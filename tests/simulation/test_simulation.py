@@ -15,11 +15,12 @@ from federation_world import write_features
 
 from fedsecure.config import EncoderConfig, PolicyConfig, PrivacyConfig, SiteEntry, parse_settings
 from fedsecure.data.features import read_feature_header
-from fedsecure.errors import ConfigError, DataError, PrivacyError
+from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError
+from fedsecure.learning.targets import write_target
 from fedsecure.simulation import simulate as module
 from fedsecure.simulation.pool import read_pool, share_out, write_site
 from fedsecure.simulation.scaffold import SitePlan, lay_out
-from fedsecure.simulation.simulate import SimulationOptions, simulate
+from fedsecure.simulation.simulate import SimulationOptions, Step, simulate
 from fedsecure.simulation.tables import plot, summarise, to_csv, to_markdown
 
 
@@ -168,6 +169,34 @@ def test_settings_are_read_from_the_same_file_as_a_real_run(options: SimulationO
     assert cell.settings.declared_units() == {"north": 30, "south": 30, "west": 30}
     assert cell.settings.privacy.max_grad_norm == 0.2
     assert cell.settings.rounds.prepared_rounds == 0
+
+
+@pytest.mark.slow
+def test_a_settings_file_that_aligns_brings_its_target(
+    options: SimulationOptions, features: Path, tmp_path: Path
+) -> None:
+    header = read_feature_header(features)
+    rows = np.random.default_rng(9).normal(size=(20, header.dimension)).astype(np.float32)
+    digest = write_target(tmp_path / "target.safetensors", rows, fingerprint=header.fingerprint)
+    adapters = []
+    for name, weight in (("plain", ""), ("aligned", f'[method.alignment]\nweight = 1.0\ntarget = "{digest}"\n')):
+        file = tmp_path / f"{name}.toml"
+        file.write_text('target_file = "target.safetensors"\n[method]\nname = "facmic"\nrounds = 2\n' + weight)
+        given = replace(options, federation=file, methods=("facmic",), rounds=None, out=tmp_path / name)
+        (row,) = quietly(given)["rows"]
+        assert row["rounds"] == 2
+        adapters.append((given.out / "adapters" / f"{row['cell']}.safetensors").read_bytes())
+    assert adapters[0] != adapters[1]
+    (tmp_path / "target.safetensors").unlink()
+    with pytest.raises(FedsecureError):
+        quietly(replace(given, out=tmp_path / "again"))
+
+
+def test_steps_of_some_runs_are_steps_of_all() -> None:
+    told: list[Step] = []
+    here = module.among(told.append, 4, 10)
+    here(Step(1, 3, "linear", round=2, rounds=5))
+    assert told == [Step(5, 10, "linear", round=2, rounds=5)]
 
 
 # --- no privacy, only by consent ------------------------------------------------------------------------------------

@@ -145,6 +145,16 @@ def test_by_patient_after_by_record_is_refused_and_not_the_other_way_round(ledge
         ledger.afford(dataset="x", population="train", events=(), limit_epsilon=8.0, delta=1e-5, units=by_patient)
 
 
+def test_patients_that_are_known_later_have_been_charged_by_record(images: Path, ledger: Ledger) -> None:
+    """The first manifest had no patients; the second names them for some of the same files."""
+    charge(ledger, who(ledger, manifest(images, "a.csv", patients=False), "record"), 1)
+    head = ledger.head()
+    later = manifest(images, "b.csv", patients=True, files="cat/2.png eel/4.png")
+    with pytest.raises(LedgerError, match="FS-1271"):
+        charge(ledger, who(ledger, later, "patient"), 2, name="others")
+    assert ledger.head() == head
+
+
 def test_rows_of_arrays_are_nobody_elses(tmp_path: Path, ledger: Ledger) -> None:
     """Two arrays of one section have rows of the same numbers, which may be of other records."""
     section = DatasetConfig(name="scans", path=tmp_path / "nowhere")
