@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,8 +25,11 @@ from fedsecure.secagg.parallel import cores
 # In the cosines' denominator, as published: rows of no length then cost a constant 1 and pull nowhere.
 COSINE_EPSILON = 1e-6
 _CHUNK = 256
+_Result = TypeVar("_Result")
+# The loss of some classes' features and its slope in them, both arguments for the same classes.
+_OfClasses = Callable[[Floats, slice], tuple[float, Floats]]
 # Classes at a time, whatever the number of cores, so that the result does not depend on it.
-_BLOCK = 25
+_BLOCK = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,21 @@ def matching_loss(
     Raises:
         ModelError: FS-1681 shapes that do not fit, or a target that is not finite.
     """
+    matched = _matching_of(features, classifier, target, layout, cosine=cosine, clear=clear, basis=basis)
+    return _over_classes(features, matched)
+
+
+def _matching_of(
+    features: Floats,
+    classifier: Classifier,
+    target: Floats,
+    layout: ClassGradients,
+    *,
+    cosine: Literal["rows", "matrix"],
+    clear: npt.NDArray[np.bool_] | None,
+    basis: Floats | None,
+) -> _OfClasses:
+    """:func:`matching_loss` of some classes, its arguments checked once."""
     classes, _, dimension = check_features(features, classifier)
     width = dimension if basis is None else len(basis)
     biased = layout.bias == (classifier.bias is not None)
@@ -140,20 +158,23 @@ def matching_loss(
         raise unfit("a target gradient that is not finite", "finite gradients")
     aim = np.asarray(target.reshape(layout.shape), features.dtype)
 
-    def matched(some: slice) -> tuple[float, Floats]:
+    def matched(rows: Floats, some: slice) -> tuple[float, Floats]:
         kept = None if clear is None else clear[some]
-        first = some.start
-        return _matched(features[some], first, classifier, aim[some], layout, cosine=cosine, clear=kept, basis=basis)
+        return _matched(rows, some.start, classifier, aim[some], layout, cosine=cosine, clear=kept, basis=basis)
 
-    return _over_classes(classes, matched)
+    return matched
 
 
-def _over_classes(classes: int, work: Callable[[slice], tuple[float, Floats]]) -> tuple[float, Floats]:
-    """The sum of the losses and the slopes of all classes, a block of them at a time and a thread a core: numpy
-    computes outside the interpreter's lock."""
+def _in_blocks(classes: int, work: Callable[[slice], _Result]) -> list[_Result]:
+    """Of all classes, some at a time and a thread a core: numpy computes outside the interpreter's lock."""
     blocks = [slice(start, min(start + _BLOCK, classes)) for start in range(0, classes, _BLOCK)]
     with ThreadPoolExecutor(min(cores(), len(blocks))) as pool:
-        found = list(pool.map(work, blocks))
+        return list(pool.map(work, blocks))
+
+
+def _over_classes(features: Floats, work: _OfClasses) -> tuple[float, Floats]:
+    """The sum of the losses and the slopes of all classes."""
+    found = _in_blocks(len(features), lambda some: work(features[some], some))
     return math.fsum(loss for loss, _ in found), np.concatenate([slope for _, slope in found])
 
 
@@ -174,28 +195,29 @@ def _matched(
     probabilities = classifier.probabilities(features)
     here, own = np.arange(classes), np.arange(first, first + classes)
     if layout.rows == "full":
-        error = probabilities.copy()
-        error[here, :, own] -= 1
+        error = probabilities / each
+        error[here, :, own] -= 1 / each
     else:
-        error = probabilities[here, :, own][:, :, None] - 1
+        error = (probabilities[here, :, own][:, :, None] - 1) / each
     shown = features if basis is None else features @ np.asarray(basis, features.dtype).T
-    found, biases = error.swapaxes(1, 2) @ shown / each, error.mean(axis=1)[..., None]
+    found, biases = error.swapaxes(1, 2) @ shown, error.sum(axis=1)[..., None]
     pulls = biases[..., :0]
     if cosine == "matrix":
         both = np.concatenate([found, biases], axis=-1) if layout.bias else found
-        losses, slope = _apart(both, aim, axes=(-2, -1))
+        losses, slope = _apart(both, aim, flat=True)
         slope, pulls = slope[..., :width], slope[..., width:]
     else:
-        losses, slope = _apart(found, aim[..., :width], axes=(-1,))
+        losses, slope = _apart(found, aim[..., :width], flat=False)
         if layout.bias:
-            more, pulls = _apart(biases, aim[..., width:], axes=(-2, -1))
+            more, pulls = _apart(biases, aim[..., width:], flat=True)
             losses = losses + more
     if clear is not None:
         losses, slope, pulls = (np.where(clear.reshape(-1, *[1] * (x.ndim - 1)), x, 0) for x in (losses, slope, pulls))
-    to_error = shown @ (slope.swapaxes(1, 2) / each)
+    to_error = shown @ slope.swapaxes(1, 2)
     if layout.bias:
-        to_error += pulls.swapaxes(1, 2) / each
-    onto = error @ (slope / each)
+        to_error += pulls.swapaxes(1, 2)
+    to_error /= each
+    onto = error @ slope
     if basis is not None:
         onto = onto @ np.asarray(basis, features.dtype)
     if layout.rows == "full":
@@ -203,21 +225,23 @@ def _matched(
         to_error *= probabilities
     else:
         # Only the own class's probability is in the error: ∂p_c/∂s = p_c·(e_c − p).
-        weighted = to_error * (error + 1)
-        to_error = -weighted * probabilities
-        to_error[here, :, own] += weighted[..., 0]
+        weighted = to_error[..., 0] * probabilities[here, :, own]
+        to_error = -weighted[..., None] * probabilities
+        to_error[here, :, own] += weighted
     onto += to_error @ np.asarray(classifier.weight, features.dtype)
     return float(losses.sum(dtype=np.float64)), onto
 
 
-def _apart(found: Floats, aim: Floats, *, axes: tuple[int, ...]) -> tuple[Floats, Floats]:
-    """(K,) Σ of 1 − cos over the cosines of a class, each taken along ``axes``, and its slope in ``found``."""
-    lengths = np.sqrt(np.square(found).sum(axis=axes, keepdims=True))
-    aims = np.sqrt(np.square(aim).sum(axis=axes, keepdims=True))
-    inner, below = (found * aim).sum(axis=axes, keepdims=True), lengths * aims + COSINE_EPSILON
+def _apart(found: Floats, aim: Floats, *, flat: bool) -> tuple[Floats, Floats]:
+    """(K,) Σ of 1 − cos over the cosines of a class, and its slope in ``found``, both (K, R, d): a cosine for each row,
+    or with ``flat`` one for the class's whole matrix."""
+    over = "crd,crd->c" if flat else "crd,crd->cr"
+    shaped = (-1, 1, 1) if flat else (*found.shape[:2], 1)
+    lengths, aims = (np.sqrt(np.einsum(over, one, one)).reshape(shaped) for one in (found, aim))
+    inner, below = np.einsum(over, found, aim).reshape(shaped), lengths * aims + COSINE_EPSILON
     # A row of no length has no direction to turn.
     slope = found * (inner * aims / (np.maximum(lengths, 1e-30) * below**2))
-    slope -= aim / below
+    slope -= aim * (1 / below)
     return (1 - inner / below).sum(axis=(-2, -1)), slope
 
 
@@ -239,21 +263,30 @@ def contrast_loss(features: Floats, text: Floats, how: PrototypeContrast) -> tup
     Raises:
         ModelError: FS-1681 texts of other classes or width.
     """
+    contrasted = _contrast_of(features, text, how)
+    if how.negatives == "text":
+        return _over_classes(features, contrasted)
+    return contrasted(features, slice(0, len(features)))
+
+
+def _contrast_of(features: Floats, text: Floats, how: PrototypeContrast) -> _OfClasses:
+    """:func:`contrast_loss` of some classes, which with features as negatives have to be all."""
     classes, each, dimension = features.shape
     if text.shape != (classes, dimension) or not bool(np.isfinite(text).all()):
         raise unfit(f"texts of shape {text.shape}", f"finite ({classes}, {dimension}), one row for each class")
-    rows, aims = features.reshape(-1, dimension), np.asarray(text, features.dtype)
-    scale = how.strength / (len(rows) if how.reduction == "mean" else 1)
-    if how.negatives == "text":
+    aims = np.asarray(text, features.dtype)
+    scale = how.strength / (classes * each if how.reduction == "mean" else 1)
 
-        def against(some: slice) -> tuple[float, Floats]:
-            part = rows[some.start * each : some.stop * each]
-            return _against_texts(part, aims, each, how.temperature, first=some.start)
+    def contrasted(rows: Floats, some: slice) -> tuple[float, Floats]:
+        flat = rows.reshape(-1, dimension)
+        if how.negatives == "text":
+            loss, slope = _against_texts(flat, aims, each, how.temperature, first=some.start)
+        else:
+            loss, slope = _against_features(flat, aims, each, how.temperature)
+        slope *= scale / how.temperature
+        return scale * loss, slope.reshape(rows.shape)
 
-        loss, slope = _over_classes(classes, against)
-    else:
-        loss, slope = _against_features(rows, aims, each, how.temperature)
-    return scale * loss, (scale / how.temperature * slope).reshape(features.shape)
+    return contrasted
 
 
 def _against_texts(rows: Floats, text: Floats, each: int, temperature: float, *, first: int) -> tuple[float, Floats]:
@@ -327,25 +360,43 @@ def find_features(
     if contrast is not None and text is None:
         raise unfit("a contrast without texts", "one text embedding for each class")
     features = np.array(start, np.float32)
-    matched, contrasted = np.zeros_like(features), np.zeros_like(features)
-    at: list[tuple[float, float]] = []
-    for step in range(matching.steps + 1):
-        loss, slope = matching_loss(
-            features, classifier, target, layout, cosine=matching.cosine, clear=clear, basis=basis
-        )
-        pulled = np.zeros_like(features[:0])
-        second = 0.0
-        if contrast is not None and text is not None:
-            second, pulled = contrast_loss(features, text, contrast)
-        at.append((loss, second))
-        if step == matching.steps:
+    match = _matching_of(features, classifier, target, layout, cosine=matching.cosine, clear=clear, basis=basis)
+    pull = _contrast_of(features, text, contrast) if contrast is not None and text is not None else None
+    if contrast is None or contrast.negatives == "text":
+        # No class sees another one's features: each block goes all the way by itself, in the cache of its core.
+        traces = _in_blocks(len(features), lambda some: _descend(features[some], some, match, pull, matching))
+    else:
+        whole = slice(0, len(features))
+        traces = [_descend(features, whole, lambda rows, _: _over_classes(rows, match), pull, matching)]
+    check_features(features, classifier)
+    first, last, squares = np.sum([(trace.first, trace.last, trace.moved) for trace in traces], axis=0).tolist()
+    return Found(features, (first[0], last[0]), (first[1], last[1]), math.sqrt(squares[0]), math.sqrt(squares[1]))
+
+
+@dataclass(frozen=True, slots=True)
+class _Trace:
+    """Of matching and contrast, (2,) each: the loss before the first and after the last step, and the squared length of
+    the sum of all steps."""
+
+    first: Vector
+    last: Vector
+    moved: Vector
+
+
+def _descend(features: Float32, some: slice, match: _OfClasses, pull: _OfClasses | None, how: Matching) -> _Trace:
+    """Move the features of some classes, in place."""
+    terms = [match] if pull is None else [match, pull]
+    moves = np.zeros((2, *features.shape), np.float32)
+    losses = np.zeros((how.steps + 1, 2))
+    for step in range(how.steps + 1):
+        # What goes to infinity is refused at the end.
+        with np.errstate(all="ignore"):
+            found = [term(features, some) for term in terms]
+        losses[step, : len(terms)] = [loss for loss, _ in found]
+        if step == how.steps:
             break
-        slope *= -matching.rate
-        matched += slope
-        features += slope
-        if pulled.size:
-            pulled *= -matching.rate
-            contrasted += pulled
-            features += pulled
-    lengths = float(np.linalg.norm(matched)), float(np.linalg.norm(contrasted))
-    return Found(features, (at[0][0], at[-1][0]), (at[0][1], at[-1][1]), *lengths)
+        for move, (_, slope) in zip(moves, found, strict=False):
+            slope *= -how.rate
+            move += slope
+            features += slope
+    return _Trace(losses[0], losses[-1], np.square(moves).sum(axis=(1, 2, 3), dtype=np.float64))

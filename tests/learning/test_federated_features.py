@@ -245,6 +245,40 @@ def test_the_result_depends_neither_on_cores_nor_on_how_many_classes_are_taken_a
             np.testing.assert_array_equal(value, alone)
 
 
+@pytest.mark.parametrize("negatives", ["text", "features", None])
+def test_blocks_of_classes_descend_as_all_together_do(monkeypatch, negatives):
+    classes, each, dimension = 12, 3, 8
+    rng, layout = np.random.default_rng(15), ClassGradients(classes, dimension, "full")
+    classifier, start = (fresh_classifier(classes, dimension, seed=1), fresh_features(classes, each, dimension, seed=2))
+    target, text = rng.normal(size=layout.length), rng.normal(size=(classes, dimension))
+    text /= np.linalg.norm(text, axis=1, keepdims=True)
+    contrast = None if negatives is None else PrototypeContrast(strength=0.5, negatives=negatives, reduction="sum")
+    monkeypatch.setattr(module, "_BLOCK", 5)
+    found = find_features(
+        start, classifier, target, layout, matching=Matching(steps=4), contrast=contrast, text=text,
+    )  # fmt: skip
+    features, moves = np.array(start), np.zeros((2, *start.shape))
+    for _ in range(4):
+        slopes = [matching_loss(features, classifier, target, layout)[1]]
+        slopes += [] if contrast is None else [contrast_loss(features, text, contrast)[1]]
+        for move, slope in zip(moves, slopes, strict=False):
+            move -= 0.1 * slope
+            features -= 0.1 * slope
+    np.testing.assert_allclose(found.features, features, rtol=1e-4, atol=1e-5)
+    assert found.matching[1] == pytest.approx(matching_loss(features, classifier, target, layout)[0], rel=1e-5)
+    moved = (found.moved_by_matching, found.moved_by_contrast)
+    assert moved == pytest.approx(np.linalg.norm(moves.reshape(2, -1), axis=1), rel=1e-4)
+    last = 0.0 if contrast is None else contrast_loss(features, text, contrast)[0]
+    assert found.contrast[1] == pytest.approx(last, rel=1e-4)
+
+
+def test_features_that_go_to_infinity_are_refused():
+    layout, start = ClassGradients(K, D), np.full((K, M, D), 1e38, np.float32)
+    far = np.full(layout.length, 1.0)
+    with pytest.raises(ModelError, match="FS-1681"):
+        find_features(start, Classifier.zero(K, D), far, layout, matching=Matching(steps=3, rate=1e38))
+
+
 def test_memory_does_not_grow_with_the_square_of_the_features():
     classes, each, dimension = 20, 200, 32
     features = fresh_features(classes, each, dimension, seed=0)
