@@ -28,6 +28,7 @@ from fedsecure.cli.simulated import simulation_progress
 from fedsecure.errors import ConfigError, FedsecureError, ModelError
 from fedsecure.methods.registry import load_training_method
 from fedsecure.simulation.clip2fl import (
+    LATE,
     NAMES,
     TRUNK_OF,
     WHY,
@@ -93,6 +94,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--private-rounds", type=int, help="of the private methods")
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
+    parser.add_argument("--device", default="auto", help="of the published training: auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("clip2fl-results"))
     for one in fields(Settings):
         flag, kind = f"--{one.name.replace('_', '-')}", type(one.default)
@@ -217,6 +219,7 @@ def run_all_published(
                 reason=options.no_privacy,
                 partition=partition,
                 settings=settings,
+                device=options.device,
                 watch=in_cell(watch, done, len(trunks), f"{trunk}, seed {seed}"),
             )
         except ModelError as error:
@@ -262,23 +265,36 @@ def write(
     options: argparse.Namespace, rows: list[dict[str, Any]], tail: LongTail, diverged: Sequence[str]
 ) -> dict[str, Any]:
     """``results.csv`` one line a run, ``results.md`` the means, and the plot."""
-    columns = [f"{group}{where}" for where in ("", " public") for group in GROUPS]
+    parts = {"": "groups", " public": "public", f" mean of last {LATE}": "late", " best round": "best"}
     flat = []
     for row in rows:
-        shown = {group: row["groups"][group] for group in GROUPS}
-        chosen = {f"{group} public": row.get("public", {}).get(group) for group in GROUPS}
-        flat.append({**row, **shown, **chosen})
-    return write_results(options.out, flat, heading=heading(options, tail, diverged), columns=columns, extra=columns)
+        row = {**row, "best round": row.get("best", {}).get("round")}
+        for said, part in parts.items():
+            scores = row.get(part, {})
+            scores = scores.get("groups", {}) if part == "best" else scores
+            row |= {f"{group}{said}": scores.get(group) for group in GROUPS}
+        flat.append(row)
+    columns = [f"{group}{said}" for said in parts for group in GROUPS]
+    return write_results(
+        options.out,
+        flat,
+        heading=heading(options, tail, diverged),
+        columns=[column for column in columns if any(row[column] is not None for row in flat)],
+        extra=[*columns, "best round"],
+    )
 
 
 def heading(options: argparse.Namespace, tail: LongTail, diverged: Sequence[str]) -> str:
     given = " ".join(["python examples/clip2fl.py", *sys.argv[1:]])
+    chosen_on = "the public records" if len(tail.source.public) else "the test set itself, and no fair estimate"
     return (
         f"# CLIP2FL, {(options.data or options.features).name}\n\n"
         f"`{given}`, {datetime.now(UTC).date()}, {os.cpu_count()} cores, {platform.machine()}.\n"
         f"{tail.counts.sum()} training records, {tail.counts.max()} in the commonest class and {tail.counts.min()} in "
         f"the rarest; {group_bounds(tail)}. {REPORTED}\n"
-        "Means ± standard deviation over seeds, last round throughout; a class counts as much as any other. What is\n"
+        "Means ± standard deviation over seeds; the last round unless a column says otherwise, and a class counts as\n"
+        f"much as any other. `mean of last {LATE}`: over those of the last {LATE} rounds after which a method has a\n"
+        f"classifier. `best round`: the round that does best on {chosen_on}. What is\n"
         "published is not private; public records may choose settings and the test set never does.\n"
         + "".join(f"\nDiverged, and so without a row: {which}.\n" for which in diverged)
     )

@@ -96,6 +96,9 @@ class TauNormalised:
     def observe(self, student: Student, sites: Sequence[Records], *, round: int, rounds: int) -> None:
         """Nothing to see before the end."""
 
+    def after(self, student: Student) -> Classifier | None:
+        return self.classifier(student, ())
+
     def classifier(self, student: Student, sites: Sequence[Records]) -> Classifier:
         weight = head_of(student).weight
         lengths = np.linalg.norm(weight, axis=1, keepdims=True)
@@ -120,12 +123,16 @@ class VirtualFeatures:
     def observe(self, student: Student, sites: Sequence[Records], *, round: int, rounds: int) -> None:
         """Nothing to see before the end."""
 
+    def after(self, student: Student) -> Classifier | None:
+        """Luo et al. calibrate once, after training."""
+        return None
+
     def classifier(self, student: Student, sites: Sequence[Records]) -> Classifier:
         classes, dimension = student.head.weight.shape
         count = np.zeros(classes)
         first, second = np.zeros((classes, dimension)), np.zeros((classes, dimension, dimension))
         for site in sites:
-            features, labels = features_of(student, site.inputs).astype(np.float64), site.labels.numpy()
+            features, labels = features_of(student, site.inputs).astype(np.float64), site.labels.cpu().numpy()
             for c in np.unique(labels):
                 rows = features[labels == c]
                 count[c] += len(rows)

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import Float32
+from fedsecure.learning.class_draws import ClassDraws
 from fedsecure.learning.class_gradients import ClassGradients, class_gradient_sum
 from fedsecure.learning.classifier import Classifier, Retraining, fresh_classifier, retrain
 from fedsecure.learning.distillation import Distillation, distillation_loss
@@ -52,6 +53,10 @@ class Records:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def to(self, device: torch.device) -> Records:
+        """The same records there; a model trains where its records are."""
+        return Records(self.inputs.to(device), self.labels.to(device), self.teacher.to(device))
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +124,9 @@ class Branch(Protocol):
     def observe(self, student: Student, sites: Sequence[Records], *, round: int, rounds: int) -> None:
         """See the round's model and sites before they train."""
 
+    def after(self, student: Student) -> Classifier | None:
+        """The classifier for a round's model, where the branch has one by then."""
+
     def classifier(self, student: Student, sites: Sequence[Records]) -> Classifier:
         """The classifier for the last model; ``sites`` are all of them."""
 
@@ -132,9 +140,10 @@ def train(
     seed: int,
     public: Records | None = None,
     branches: Sequence[Branch] = (),
+    after: Callable[[int, Student], None] = lambda *_: None,
     watch: Callable[[int, int], None] = lambda *_: None,
 ) -> Student:
-    """All rounds of a trunk; the branches look on.
+    """All rounds of a trunk; the branches look on. Training is where the records are.
 
     Args:
         trunk, spec, schedule: what is trained, and how.
@@ -142,6 +151,7 @@ def train(
         seed: of first weights, batches, augmentation and the choice of sites.
         public: for ``weigh`` and ``finish``.
         branches: told of each round.
+        after: called with (round, model) after each round, the model in evaluation mode.
         watch: called with (round, rounds).
 
     Returns:
@@ -158,7 +168,7 @@ def train(
             expected="at least one site with records, and public records where the method uses some",
             cure="bring more records, or declare some public",
         )
-    student = _laid_out(build_student(spec, seed=seed))
+    student = _laid_out(build_student(spec, seed=seed), sites[present[0]].inputs.device)
     draw = np.random.default_rng(seed)
     generators = [torch.Generator().manual_seed(1000 * seed + index) for index in range(len(sites))]
     speed: State = {}
@@ -187,6 +197,7 @@ def train(
                 expected="finite weights",
                 cure="lower the rate; distillation of strength β and temperature T multiplies it by up to β·T²",
             )
+        after(round, student.eval())
     watch(schedule.rounds, schedule.rounds)
     return student.eval()
 
@@ -201,7 +212,7 @@ def _local(
     weights: Tensor | None,
 ) -> Student:
     """A site's model after its epochs."""
-    student = _laid_out(build_student(spec, seed=0))
+    student = _laid_out(build_student(spec, seed=0), site.inputs.device)
     student.load_state_dict(start.state_dict())
     student.train()
     anchor = [parameter.detach().clone() for parameter in student.parameters()]
@@ -214,7 +225,7 @@ def _local(
             inputs, labels = site.inputs[rows], site.labels[rows]
             if schedule.augment and inputs.ndim == 4:
                 inputs = augmented(inputs, generator)
-            with torch.autocast("cpu", torch.bfloat16, enabled=schedule.bfloat16):
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=schedule.bfloat16):
                 _, logits = student(inputs)
             losses = distillation_loss(
                 logits.float(), site.teacher[rows], labels, how=trunk.distillation, objective=trunk.objective
@@ -230,9 +241,9 @@ def _local(
     return student.eval()
 
 
-def _laid_out(student: Student) -> Student:
+def _laid_out(student: Student, device: torch.device) -> Student:
     """Convolutions on a processor are half as fast again with the colour planes innermost; nothing else changes."""
-    return student.to(memory_format=torch.channels_last)
+    return student.to(device).to(memory_format=torch.channels_last)
 
 
 def augmented(images: Tensor, generator: torch.Generator) -> Tensor:
@@ -269,12 +280,12 @@ def features_of(student: Student, inputs: Tensor) -> Float32:
     student.eval()
     with torch.inference_mode():
         parts = [student.features(part) for part in torch.split(inputs, _ROWS)]
-    return np.asarray(torch.cat(parts).numpy(), np.float32)
+    return np.asarray(torch.cat(parts).cpu().numpy(), np.float32)
 
 
 def head_of(student: Student) -> Classifier:
     """The model's own classifier φ."""
-    weight, bias = (value.detach().numpy().copy() for value in (student.head.weight, student.head.bias))
+    weight, bias = (value.detach().cpu().numpy().copy() for value in (student.head.weight, student.head.bias))
     return Classifier(weight, bias)
 
 
@@ -285,16 +296,32 @@ def predict(student: Student, inputs: Tensor, *, classifier: Classifier | None =
 
 
 def mean_gradients(
-    student: Student, sites: Sequence[Records], classifier: Classifier, layout: ClassGradients
+    student: Student,
+    sites: Sequence[Records],
+    classifier: Classifier,
+    layout: ClassGradients,
+    *,
+    draws: ClassDraws | None = None,
+    seed: int = 0,
 ) -> npt.NDArray[np.float64]:
-    """Equations 3 and 4: each class's mean gradient over a site's records, and the plain mean of that over its holders.
+    """Equations 3 and 4: each class's mean gradient at a site, and the plain mean of that over its holders.
 
-    (K, …) in the layout's shape, zeros for a class that no site holds.
+    Args:
+        student, sites, classifier, layout: whose gradients, over whose records, in which classifier, laid out how.
+        draws: a class's mean is over these of its images; over all of its records where there are none, and where
+            records are features, which have no further views.
+        seed: of the draws.
+
+    Returns:
+        (K, …) in the layout's shape, zeros for a class that no site holds.
     """
     total, holders = np.zeros(layout.shape), np.zeros(layout.classes)
-    for site in sites:
-        labels = site.labels.numpy()[:, None]
-        units = UnitFeatures(features_of(student, site.inputs)[:, None], labels, np.ones_like(labels, bool))
+    for place, site in enumerate(sites):
+        inputs, known = site.inputs, site.labels
+        if draws is not None and inputs.ndim == 4:
+            inputs, known = draws(inputs, known, seed=1000 * seed + place)
+        labels = known.cpu().numpy()[:, None]
+        units = UnitFeatures(features_of(student, inputs)[:, None], labels, np.ones_like(labels, bool))
         sums = class_gradient_sum(units.features, units, classifier, layout).reshape(layout.shape)
         counts = np.bincount(labels[:, 0], minlength=layout.classes)
         total += sums / np.maximum(counts, 1)[:, None, None]
@@ -313,6 +340,7 @@ class Retrained:
         matching, retraining: their settings.
         contrast, text: the prototype contrast and its (K, d) texts; None for CReFF.
         rows: ``full`` as published, or ``diagonal``.
+        draws: of a class's images, as released; None for all of its records.
         seed: of features and classifiers.
         warm: go on from the last classifier, as the paper's text has it, instead of from a fresh one, as released.
         text_start: begin features at √d times their class's text, for students whose features are CLIP's own, instead
@@ -327,6 +355,7 @@ class Retrained:
     contrast: PrototypeContrast | None = None
     text: Float32 | None = None
     rows: str = "full"
+    draws: ClassDraws | None = None
     seed: int = 0
     warm: bool = False
     text_start: bool = False
@@ -340,7 +369,7 @@ class Retrained:
         classes, dimension = student.head.weight.shape
         held = self._classifier or fresh_classifier(classes, dimension, seed=self.seed)
         layout = ClassGradients(classes, dimension, rows="full" if self.rows == "full" else "diagonal")
-        target = mean_gradients(student, sites, held, layout)
+        target = mean_gradients(student, sites, held, layout, draws=self.draws, seed=self.seed + round)
         if self._features is None:
             self._features = fresh_features(classes, self.each, dimension, seed=self.seed)
             if self.text_start and self.text is not None:
@@ -358,6 +387,9 @@ class Retrained:
         self._features = found.features
         first = held if self.warm else fresh_classifier(classes, dimension, seed=self.seed + 1 + round)
         self._classifier = retrain(found.features, first, self.retraining, seed=self.seed + round)
+
+    def after(self, student: Student) -> Classifier | None:
+        return self._classifier
 
     def classifier(self, student: Student, sites: Sequence[Records]) -> Classifier:
         if self._classifier is None:

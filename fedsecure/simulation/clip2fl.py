@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
@@ -28,8 +29,10 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     from fedsecure.learning.artefact import Adapter
+    from fedsecure.learning.classifier import Classifier
     from fedsecure.learning.clip2fl_reference import Branch, Records, Retrained, Schedule, Trunk
     from fedsecure.learning.federated_features import PrototypeContrast
+    from fedsecure.learning.students import Student
     from fedsecure.simulation.longtail import LongTail, Pixels
 
 # Method → the trunk it is trained on; a trunk stands for itself.
@@ -60,7 +63,15 @@ Watch = Callable[[int, int], None]
 
 Cosine = Literal["rows", "matrix"]
 Negatives = Literal["text", "features"]
-_KNOWN = {"class_gradients": get_args(Rows), "matching_cosine": get_args(Cosine), "negatives": get_args(Negatives)}
+ClassImages = Literal["draws", "all"]
+_KNOWN = {
+    "class_gradients": get_args(Rows),
+    "class_images": get_args(ClassImages),
+    "matching_cosine": get_args(Cosine),
+    "negatives": get_args(Negatives),
+}
+# Rounds whose mean is reported.
+LATE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +87,8 @@ class Settings:
         strength, temperature: of distillation, β and T.
         last, each: rounds in which the side branch runs, and federated features a class.
         class_gradients: ``full`` as published, or ``diagonal``: each class's own row.
+        class_images: a class's gradient is over augmented ``draws`` of its images, as released, or over ``all`` of
+            them; records that are features are taken whole.
         matching_steps, matching_rate, retraining_epochs, retraining_rate: of the branch.
         matching_cosine: ``rows`` as published, or one for the whole ``matrix`` of a class.
         warm_start: the classifier goes on from the last one, as the paper's text has it, not from a fresh one.
@@ -101,6 +114,7 @@ class Settings:
     last: int = 200
     each: int = 100
     class_gradients: Rows = "full"
+    class_images: ClassImages = "draws"
     matching_steps: int = 100
     matching_rate: float = 0.1
     matching_cosine: Cosine = "rows"
@@ -152,6 +166,7 @@ def run_published(
     partition: str,
     settings: Settings,
     epsilon: float = math.inf,
+    device: str = "auto",
     watch: Watch = lambda *_: None,
 ) -> list[dict[str, Any]]:
     """A trunk and the methods that stand on it, in one training; taken from ``out`` where all are finished there.
@@ -166,15 +181,18 @@ def run_published(
         partition: what to call the way the records are shared out.
         settings: schedule, student, branch.
         epsilon: ∞; there for the refusal.
+        device: where it is trained, ``"auto"`` for the GPU where there is one.
         watch: called with (round, rounds).
 
     Returns:
         rows as of ``simulate`` in the order of ``names``, with ``groups`` on the test set and ``public`` on the public
-        records.
+        records, both of the last round. Of a method that has a classifier after each round also ``late``, the mean on
+        the test set over the last ``LATE`` rounds that have one, and ``best``, the round that does best on the public
+        records (``chosen_on`` says if there were none and it was the test set) with its ``groups`` on the test set.
 
     Raises:
         PrivacyError: FS-1218 a private run, or no reason.
-        ModelError: FS-1690, FS-1692, FS-1694, FS-1681 settings out of range.
+        ModelError: FS-1690, FS-1692, FS-1694, FS-1681 settings out of range, FS-1639 no such device.
         ConfigError: FS-1010 images are asked for, and there are none.
     """
     check_consent(epsilon, reason, why=WHY, instead="clip2fl")
@@ -191,10 +209,31 @@ def run_published(
     from fedsecure.learning.clip2fl_reference import features_of, head_of, train
 
     begun = time.monotonic()
-    spec, records = _records(tail, settings)
+    spec, records = _records(tail, settings, device=device)
     branches = {name: branch for name in names if (branch := _branch(name, tail, settings, seed)) is not None}
     sites = [records[name] for name in tail.rows]
     schedule = _schedule(settings)
+    scored = ("test", "public") if len(tail.source.public) else ("test",)
+    curves: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+
+    def guesses(student: Student) -> Callable[[Classifier], dict[str, npt.NDArray[np.int64]]]:
+        seen = {on: features_of(student, records[on].inputs) for on in scored}
+
+        def by(head: Classifier) -> dict[str, npt.NDArray[np.int64]]:
+            # A model on its way to infinity, which the training refuses once it is there, overflows first.
+            with np.errstate(over="ignore", invalid="ignore"):
+                return {on: head.probabilities(values).argmax(axis=1) for on, values in seen.items()}
+
+        return by
+
+    def look(round: int, student: Student) -> None:
+        by = guesses(student)
+        for name, curve in curves.items():
+            head = branches[name].after(student) if name in branches else head_of(student)
+            if head is not None:
+                found = by(head)
+                curve.append({"round": round + 1, **{on: tail.scores(found[on], on=on) for on in scored}})
+
     student = train(
         _trunk(trunk, settings),
         spec,
@@ -203,16 +242,15 @@ def run_published(
         seed=seed,
         public=records["public"],
         branches=list(branches.values()),
+        after=look,
         watch=watch,
     )
     sent = 4 * sum(value.numel() for value in student.state_dict().values() if value.is_floating_point())
-    scored = ("test", "public") if len(tail.source.public) else ("test",)
-    seen = {on: features_of(student, records[on].inputs) for on in scored}
+    by = guesses(student)
     rows = []
     for name, key in keys.items():
         head = branches[name].classifier(student, sites) if name in branches else head_of(student)
-        found = {on: head.probabilities(values).argmax(axis=1) for on, values in seen.items()}
-        row = _row(tail, name, found, seed=seed, partition=partition, reason=reason)
+        row = _row(tail, name, by(head), seed=seed, partition=partition, reason=reason)
         classes, width = student.head.weight.shape
         beside = 0
         if name in _WITH_GRADIENTS:
@@ -222,10 +260,25 @@ def run_published(
             beside = classes * (1 + width + width**2)
         row |= {"rounds": settings.rounds, "bytes_up": sent * settings.rounds + 4 * beside, "cell": key}
         row["moved"] = getattr(branches.get(name), "moved", [])
+        row |= over_rounds(curves[name])
         row["wall_seconds"] = round(time.monotonic() - begun, 2)
         write_row(out, key, row)
         rows.append(row)
     return rows
+
+
+def over_rounds(curve: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """``late`` and ``best`` of :func:`run_published` from each round's number and its scores on ``test`` and, where
+    there are some, on ``public`` records; nothing of no rounds."""
+    if not curve:
+        return {}
+    chosen_on = "public" if "public" in curve[0] else "test"
+    best = max(curve, key=lambda at: at[chosen_on]["all"])
+    late = [at["test"] for at in curve[-LATE:]]
+    return {
+        "late": {name: None if None in (values := [at[name] for at in late]) else fmean(values) for name in late[0]},
+        "best": {"round": best["round"], "groups": best["test"], "chosen_on": chosen_on},
+    }
 
 
 def check_method(tail: LongTail, name: str, settings: Settings) -> None:
@@ -321,14 +374,16 @@ def _key(facts: Sequence[Any]) -> str:
     return hashlib.sha256(b"fedsecure/clip2fl/v1\0" + json.dumps(list(facts)).encode()).hexdigest()[:32]
 
 
-def _records(tail: LongTail, settings: Settings) -> tuple[Any, dict[str, Records]]:
+def _records(tail: LongTail, settings: Settings, *, device: str) -> tuple[Any, dict[str, Records]]:
     """The student's shape, and the records of each site, ``test`` and ``public``."""
     import torch
 
     from fedsecure.learning.clip2fl_reference import Records
     from fedsecure.learning.distillation import teacher_logits
+    from fedsecure.learning.modules import resolve_device
     from fedsecure.learning.students import StudentSpec, normalise
 
+    where = resolve_device(device)
     source, pixels = tail.source, tail.source.pixels
     images = settings.students == "resnet8"
     if images and pixels is None:
@@ -353,7 +408,7 @@ def _records(tail: LongTail, settings: Settings) -> tuple[Any, dict[str, Records
             inputs,
             torch.from_numpy(np.array(part.labels)),
             torch.from_numpy(teacher_logits(part.features, source.text)),
-        )
+        ).to(where)
 
     found = {
         name: made(tail.experiment.train[name], None if pixels is None else pixels["train"][rows])
@@ -389,6 +444,7 @@ def _trunk(name: str, settings: Settings) -> Trunk:
 
 def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch | None:
     from fedsecure.learning.baselines import TauNormalised, VirtualFeatures
+    from fedsecure.learning.class_draws import ClassDraws
     from fedsecure.learning.classifier import Retraining
     from fedsecure.learning.clip2fl_reference import Retrained
     from fedsecure.learning.federated_features import Matching, PrototypeContrast
@@ -406,6 +462,7 @@ def _branch(name: str, tail: LongTail, settings: Settings, seed: int) -> Branch 
             text=None if contrast is None else tail.source.text,
             text_start=settings.text_start,
             rows=settings.class_gradients,
+            draws=ClassDraws() if settings.class_images == "draws" else None,
             warm=settings.warm_start,
             seed=seed,
         )

@@ -11,6 +11,7 @@ import torch
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.baselines import FEDAVG, TRUNKS, TauNormalised, VirtualFeatures, ratio_weights
+from fedsecure.learning.class_draws import ClassDraws
 from fedsecure.learning.class_gradients import ClassGradients
 from fedsecure.learning.classifier import Retraining, fresh_classifier
 from fedsecure.learning.clip2fl_reference import (
@@ -126,6 +127,55 @@ def test_the_side_branch_may_run_in_the_last_rounds_only() -> None:
     assert len(late.moved) == 1
     # Without contrast nothing else than the matching moves the features.
     assert late.moved[0][0] > 0 == late.moved[0][1]
+
+
+def test_every_round_is_shown_and_only_rounds_with_a_classifier_have_one() -> None:
+    late, post, calibrated = Retrained("creff", last=1, **QUICK), TauNormalised(), VirtualFeatures()  # type: ignore[arg-type]
+    shown: list[int] = []
+
+    def look(round: int, student: Student) -> None:
+        shown.append(round)
+        assert not student.training
+        assert (late.after(student) is not None) == (round == 2)
+        assert post.after(student) is not None
+        assert calibrated.after(student) is None
+
+    branches: tuple[Branch, ...] = (late, post, calibrated)
+    train(FEDAVG, SPEC, long_tailed(), schedule=SCHEDULE, seed=0, branches=branches, after=look)
+    assert shown == [0, 1, 2]
+
+
+def test_images_are_drawn_and_features_are_not() -> None:
+    draws = ClassDraws(repeats=2, most=3)
+    spec = StudentSpec("resnet8", 2, width=1, projection=8)
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.tensor([0] * 6 + [1])
+    site = Records(torch.rand((7, 3, 32, 32), generator=generator), labels, torch.zeros(7, 2))
+    student, head = build_student(spec, seed=0).eval(), fresh_classifier(2, 8, seed=0)
+    layout = ClassGradients(2, 8, rows="full")
+    whole = mean_gradients(student, [site], head, layout)
+    one, again, other = (mean_gradients(student, [site], head, layout, draws=draws, seed=seed) for seed in (1, 1, 2))
+    np.testing.assert_array_equal(one, again)
+    assert np.abs(one - other).max() > 1e-4 < np.abs(one - whole).max()
+    # The mean over the draws, whatever their number.
+    inputs, drawn = draws(site.inputs, labels, seed=1000)
+    assert drawn.tolist() == [0] * 6 + [1] * 2
+    shown = Records(inputs, drawn, torch.zeros(len(drawn), 2))
+    np.testing.assert_allclose(mean_gradients(student, [shown], head, layout), one)
+    rows = records([6, 1, 1, 1], 0)
+    small, flat = build_student(SPEC, seed=0), fresh_classifier(C, D, seed=0)
+    drawn_rows = mean_gradients(small, [rows], flat, ClassGradients(C, D), draws=draws, seed=1)
+    np.testing.assert_array_equal(drawn_rows, mean_gradients(small, [rows], flat, ClassGradients(C, D)))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_training_is_where_the_records_are() -> None:
+    there = [site.to(torch.device("cuda")) for site in long_tailed()]
+    branch = Retrained("creff", **QUICK)  # type: ignore[arg-type]
+    student = train(FEDAVG, SPEC, there, schedule=SCHEDULE, seed=0, branches=[branch, VirtualFeatures()])
+    assert student.head.weight.is_cuda
+    here = train(FEDAVG, SPEC, long_tailed(), schedule=SCHEDULE, seed=0)
+    torch.testing.assert_close(parameters(student).cpu(), parameters(here), rtol=1e-3, atol=1e-3)
 
 
 def test_features_may_begin_at_their_text() -> None:

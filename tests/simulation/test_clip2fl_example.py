@@ -17,7 +17,7 @@ from PIL import Image
 from fedsecure.data.longtail import long_tail_counts
 from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError
 from fedsecure.simulation import clip2fl
-from fedsecure.simulation.clip2fl import NAMES, TRUNK_OF, Settings, run_published
+from fedsecure.simulation.clip2fl import NAMES, TRUNK_OF, Settings, over_rounds, run_published
 from fedsecure.simulation.folders import Part
 from fedsecure.simulation.longtail import LongTail, Source, arrange, from_features, from_images, group_bounds
 from fedsecure.simulation.simulate import open_results
@@ -178,6 +178,20 @@ def test_a_method_that_diverges_costs_no_other_its_row(
     assert said in capsys.readouterr().out
 
 
+def test_the_last_rounds_and_the_best_are_told_apart() -> None:
+    def at(round: int, test: float, public: float | None = None) -> dict[str, Any]:
+        scores = {"all": test, "few": None}
+        return {"round": round, "test": scores, **({} if public is None else {"public": {"all": public}})}
+
+    tests = [0.9, *(0.1 * place for place in range(10))]
+    seen = over_rounds([at(place + 1, value, public=float(place == 4)) for place, value in enumerate(tests)])
+    assert seen["late"] == {"all": pytest.approx(0.45), "few": None}, "the first of eleven is not among the last ten"
+    assert seen["best"] == {"round": 5, "groups": {"all": tests[4], "few": None}, "chosen_on": "public"}
+    blind = over_rounds([at(place + 1, value) for place, value in enumerate(tests)])
+    assert (blind["best"]["round"], blind["best"]["chosen_on"]) == (1, "test")
+    assert over_rounds([]) == {}
+
+
 @pytest.mark.slow
 def test_every_published_method_in_one_command_that_resumes(
     example: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
@@ -194,6 +208,12 @@ def test_every_published_method_in_one_command_that_resumes(
             assert 0 <= float(row[column]) <= 1
         # The test set is balanced.
         assert float(row["all"]) == pytest.approx(float(row["accuracy"]))
+        # CCVR calibrates once, and the branch looks on in the last round of two.
+        rounds = {"zero-shot": 0, "ccvr": 0, "fedavg": 2, "tau-norm": 2}.get(row["method"])
+        if rounds is not None:
+            assert (row["all mean of last 10"] != "", row["best round"] != "") == (rounds > 0,) * 2
+        if row["method"] == "creff":
+            assert (row["best round"], row["all best round"]) == ("2", row["all"])
     page = (out / "results.md").read_text(encoding="utf-8")
     assert "27.72" in page
     assert "| clip2fl-published |" in page
