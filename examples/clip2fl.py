@@ -46,7 +46,14 @@ from fedsecure.simulation.reference import check_consent
 from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, listed, numbers, open_results, simulate
 from fedsecure.simulation.tables import write_results
 
-INSTALLED = ("clip2fl", "linear", "prototypes")
+# Private rows: the installed method, and what is set of [method.clip2fl]; the others are what it is compared with.
+FORMS: dict[str, tuple[str, dict[str, Any]]] = {
+    "private-creff": ("clip2fl", {"distillation": 0.0, "contrast": 0.0}),
+    "private-fedavg-distilled": ("clip2fl", {"releases": 0}),
+    "private-creff-distilled": ("clip2fl", {"contrast": 0.0}),
+    "clip2fl": ("clip2fl", {}),
+}
+INSTALLED = ("linear", "prototypes", *FORMS)
 REASON = "to compare with, on data whose user declares them public"
 REPORTED = (
     "Reported in the paper on ImageNet-LT (top-1, %; all, many, medium, few): CLIP2FL 27.72, 35.06, 27.55, 24.80; "
@@ -120,7 +127,7 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
     for name in names:
         if name not in published:
             try:
-                load_training_method(name)
+                load_training_method(FORMS.get(name, (name, {}))[0])
             except ConfigError:
                 if options.method is not None:
                     raise
@@ -233,10 +240,11 @@ def run_all_published(
 def run_privately(
     options: argparse.Namespace, tail: LongTail, name: str, epsilons: Sequence[float], *, seed: int, watch: Watch
 ) -> list[dict[str, Any]]:
-    """Rows of an installed method on a seed's records, each a whole run of ``fedsecure simulate``."""
+    """Rows of a private method on a seed's records, each a whole run of ``fedsecure simulate``."""
     folder = options.out / "private" / name / f"seed-{seed}"
-    student = options.private_student or options.students if name == "clip2fl" else "linear"
-    how: Any = {"method": name, "delta": options.delta, "settings": {"clip2fl": {"student": student}}}
+    method, form = FORMS.get(name, (name, {}))
+    student = options.private_student or options.students if method == "clip2fl" else "linear"
+    how: Any = {"method": method, "delta": options.delta, "settings": {"clip2fl": {"student": student, **form}}}
     if student == "resnet8":
         how["settings"]["clip2fl"]["width"] = options.width
         weights = Path(options.pretrained) if Path(options.pretrained).is_file() else None
@@ -246,7 +254,7 @@ def run_privately(
     chosen = SimulationOptions(
         out=folder / "runs",
         federation=layout,
-        methods=(name,),
+        methods=(method,),
         noises=listed(options.noise),
         epsilons=tuple(epsilons),
         seeds=1,
@@ -257,7 +265,8 @@ def run_privately(
     for row in simulate(chosen, watch=watch)["rows"]:
         scores = scores_of_adapter(tail, chosen.out / "adapters" / f"{row['cell']}.safetensors")
         partition, overall = f"{options.partition}:{options.alpha:g}", scores["groups"]["all"]
-        rows.append({**row, "seed": seed, "partition": partition, **scores, "balanced_accuracy": overall})
+        row |= {"method": name, "seed": seed, "partition": partition, **scores, "balanced_accuracy": overall}
+        rows.append(row)
     return rows
 
 

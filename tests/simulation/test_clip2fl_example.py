@@ -262,9 +262,14 @@ def test_a_private_run_beside_them(example: ModuleType, file: Path, tmp_path: Pa
 def test_the_private_form_of_clip2fl(example: ModuleType, file: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "8,inf", *SHORT]
-    assert example.main([*given, "--method", "clip2fl", "--private-rounds", "3"]) == 0
+    forms = [name for name in example.FORMS if name != "clip2fl"]
+    assert example.main([*given, "--method", ",".join(["clip2fl", *forms]), "--private-rounds", "3"]) == 0
     with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
-        private, token = csv.DictReader(stream)
+        private, token, *others = csv.DictReader(stream)
+    assert {row["method"] for row in others} == set(forms)
+    # Without the branch nothing is sent but the student.
+    sent = {row["method"]: float(row["bytes_up"]) for row in others}
+    assert sent["private-fedavg-distilled"] < sent["private-creff"] == float(private["bytes_up"])
     assert float(private["epsilon_spent"]) <= 8
     assert (private["epsilon"], token["epsilon"]) == ("8.0", "inf")
     assert float(token["few"]) > 0.5
