@@ -9,9 +9,8 @@ that private training takes group normalisation (Wu & He, ECCV 2018), and its Op
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -21,18 +20,13 @@ from torch.nn import functional
 
 from fedsecure.errors import ModelError
 from fedsecure.learning.adapters import Float32
-from fedsecure.learning.distillation import Distillation, distillation_loss
-from fedsecure.learning.opacus_engine import ModuleTask
-from fedsecure.learning.student_spec import PIXELS, SIDE, STAGES
-from fedsecure.learning.tower_task import load_exactly
+from fedsecure.learning.student_spec import SIDE, STAGES
 
 Kind = Literal["resnet8", "features"]
 Norm = Literal["batch", "group"]
 # CIFAR-10's, which the released programs use for CIFAR-100 as well.
 _MEAN, _STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)
 _GROUPS = 8
-# Images in activations at a time under Opacus: a float64 ResNet-8 ×1 needs about 3 MB for each.
-_CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,11 +62,6 @@ class StudentSpec:
                 expected="resnet8 or features, batch or group, two classes or more, and positive widths",
                 cure="correct the student's settings",
             )
-
-    @property
-    def record(self) -> int:
-        """Numbers in one record: the pixels of three colour planes, or d."""
-        return PIXELS if self.kind == "resnet8" else self.inputs
 
 
 class Student(nn.Module):
@@ -193,12 +182,6 @@ def normalise(pixels: npt.NDArray[np.uint8]) -> Tensor:
     return (torch.from_numpy(pixels).float() / 255 - mean) / std
 
 
-def student_records(inputs: Tensor, teacher: npt.NDArray[Any] | Tensor) -> Float32:
-    """Inputs and teacher logits side by side, (n, record + C) float32: what :func:`student_task` trains on."""
-    logits = torch.as_tensor(teacher, dtype=torch.float32)
-    return np.asarray(torch.cat([inputs.reshape(len(inputs), -1).float(), logits], dim=1).numpy(), np.float32)
-
-
 def check_single(records: Tensor) -> None:
     """Refuse (U, m, …) units of several records: ModelError FS-1693."""
     if records.shape[1] != 1:
@@ -208,42 +191,3 @@ def check_single(records: Tensor) -> None:
             expected="one record a unit",
             cure='convolutions see one image a unit: set privacy.unit = "record"',
         )
-
-
-class _WithTeacher(nn.Module):
-    """(U, 1, record + C) records → (U, 1, 2C): the student's logits and, carried through, the teacher's."""
-
-    def __init__(self, spec: StudentSpec, student: Student) -> None:
-        super().__init__()
-        self.student = student
-        self.spec = spec
-
-    def forward(self, records: Tensor) -> Tensor:
-        check_single(records)
-        rows = records[:, 0]
-        inputs, teacher = rows[:, : self.spec.record], rows[:, self.spec.record :]
-        if self.spec.kind == "resnet8":
-            inputs = inputs.reshape(-1, 3, SIDE, SIDE)
-        _, logits = self.student(inputs)
-        return torch.cat([logits, teacher], dim=-1)[:, None]
-
-
-def student_task(spec: StudentSpec, *, how: Distillation) -> ModuleTask:
-    """The student's distillation as a task of the Opacus engine: records as of :func:`student_records`, one a unit.
-
-    The engine refuses ``norm="batch"`` with PrivacyError FS-1234.
-
-    Raises:
-        ModelError: FS-1672 when parameters do not fit, FS-1693 when a unit has more than one record.
-    """
-
-    def build(parameters: Mapping[str, Any]) -> nn.Module:
-        student = build_student(spec, seed=0)
-        load_exactly(list(student.named_parameters()), dict(parameters))
-        return _WithTeacher(spec, student)
-
-    def loss(outputs: Tensor, labels: Tensor) -> Tensor:
-        return distillation_loss(outputs[..., : spec.classes], outputs[..., spec.classes :], labels, how=how)
-
-    shapes = {name: value.shape for name, value in initial(spec, seed=0).items()}
-    return ModuleTask(shapes=shapes, build=build, loss=loss, chunk=_CHUNK)

@@ -10,19 +10,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from fedsecure.errors import FedsecureError, ModelError, PrivacyError
+from fedsecure.errors import FedsecureError, ModelError
 from fedsecure.learning.distillation import Distillation, check_classes, distillation_loss, teacher_logits
-from fedsecure.learning.engines import clipped_sum
 from fedsecure.learning.students import (
     SIDE,
     StudentSpec,
     build_student,
     initial,
     normalise,
-    student_records,
-    student_task,
 )
-from fedsecure.learning.units import UnitFeatures
 
 CLIP2FL = Distillation()
 
@@ -112,67 +108,3 @@ def test_bad_students() -> None:
     refused(ModelError, "FS-1692", lambda: StudentSpec("resnet8", 3, width=0))
     refused(ModelError, "FS-1692", lambda: StudentSpec("vgg", 3))  # type: ignore[arg-type]
     refused(ModelError, "FS-1693", lambda: normalise(np.zeros((2, 3, 28, 28), np.uint8)))
-
-
-def units(spec: StudentSpec, count: int, records: int = 1) -> UnitFeatures:
-    generator = np.random.default_rng(5)
-    inputs = (
-        normalise(pixels(count * records))
-        if spec.kind == "resnet8"
-        else torch.from_numpy(generator.standard_normal((count * records, spec.inputs)))
-    )
-    rows = student_records(inputs, 10 * generator.standard_normal((count * records, spec.classes)))
-    labels = generator.integers(0, spec.classes, (count, records))
-    return UnitFeatures(rows.reshape(count, records, -1), labels, np.ones((count, records), bool))
-
-
-def gradients(spec: StudentSpec, held: UnitFeatures, row: int) -> np.ndarray[Any, Any]:
-    """The gradient of one record's loss, by autograd."""
-    student = build_student(spec, seed=0).double()
-    rows = torch.from_numpy(held.features[row, 0]).double()
-    inputs = rows[: spec.record].reshape((1, 3, SIDE, SIDE) if spec.kind == "resnet8" else (1, -1))
-    _, logits = student(inputs)
-    labels = torch.from_numpy(held.labels[row])
-    distillation_loss(logits, rows[spec.record :][None], labels, how=CLIP2FL).sum().backward()
-    return np.concatenate([parameter.grad.flatten().numpy() for parameter in student.parameters()])  # type: ignore[union-attr]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "spec",
-    [StudentSpec("resnet8", 3, width=1, norm="group", projection=32), StudentSpec("features", 3, inputs=12)],
-    ids=["resnet8", "features"],
-)
-def test_a_private_step_clips_each_record_by_itself(spec: StudentSpec) -> None:
-    held = units(spec, 3)
-    expected = np.zeros(sum(value.size for value in initial(spec, seed=0).values()))
-    longest = 0.0
-    for row in range(3):
-        gradient = gradients(spec, held, row)
-        longest = max(longest, float(np.linalg.norm(gradient)))
-        expected += gradient * min(1.0, 0.5 * (1 - 1e-5) / np.linalg.norm(gradient))
-    assert longest > 0.5
-    found = clipped_sum(
-        student_task(spec, how=CLIP2FL), initial(spec, seed=0), held, max_grad_norm=0.5, engine="opacus", device="cpu"
-    )
-    assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
-
-
-def test_batch_normalisation_is_refused_under_privacy() -> None:
-    spec = StudentSpec("resnet8", 3, width=1, norm="batch")
-    task = student_task(spec, how=CLIP2FL)
-    refused(
-        PrivacyError,
-        "FS-1234",
-        lambda: clipped_sum(task, initial(spec, seed=0), units(spec, 2), max_grad_norm=1.0, device="cpu"),
-    )
-
-
-def test_units_of_several_images_are_refused() -> None:
-    spec = StudentSpec("resnet8", 3, width=1, norm="group", projection=0)
-    task = student_task(spec, how=CLIP2FL)
-    refused(
-        ModelError,
-        "FS-1693",
-        lambda: clipped_sum(task, initial(spec, seed=0), units(spec, 1, 2), max_grad_norm=1.0, device="cpu"),
-    )
