@@ -173,6 +173,7 @@ def tables(data: Path, out: Path) -> list[Table]:
                     {**released, "--method": "reference,reference-adapted,reference-adapted-with-gradient"},
                     out / "brain-tumor",
                 ),
+                Example({**released, "--method": "reference-fedclip,reference-local"}, out / "brain-tumor-beside"),
             ),
             columns={**scores, **best},
         ),
@@ -185,6 +186,19 @@ def tables(data: Path, out: Path) -> list[Table]:
                 Example({**folders, "--method": ",".join(others)}, out / "brain-tumor-others"),
             ),
             columns=scores,
+        ),
+        Table(
+            "brain-tumor-halves",
+            "BT slices, tiny CLIP: aligned with half of the test images, tested on both halves",
+            (
+                Example(
+                    {**folders, "--method": "facmic,facmic-aligned", "--halves": "", "--epsilon": "0.5,1,8,inf"},
+                    out / "brain-tumor-halves",
+                ),
+            ),
+            columns={
+                f"{half}{clean}": f"accuracy {half}{clean}" for half in ("seen", "unseen") for clean in ("", ", clean")
+            },
         ),
         Table(
             "ucf101-baselines",
