@@ -13,7 +13,7 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,6 +51,7 @@ TRAINED_AT = ("site_a", "site_b", "site_c")
 TARGETS = ("site_d", "site_e", "site_f", "site_g", "site_h")
 PER_CLASS = 75
 UNTRAINED = "not trained: zero-shot"
+PUBLIC = "public statistics in place of LayerNorm"
 
 
 def units_of(features: Float32, labels: Labels) -> UnitFeatures:
@@ -142,6 +143,7 @@ class Alignment:
         "`weight = 1`, `prototypes = true`",
         '`weight = 1`, `prototypes = true`, `at = "aggregator"`',
         "`negatives = 1`",
+        PUBLIC,
     )
 
     def score(self, change: str, epsilon: float, fold: int, *, cache: Path) -> float:
@@ -158,6 +160,9 @@ class Alignment:
         held_out = scans(TARGETS[fold], 10 * fold + 9)
         noise = SHARE * multiplier(epsilon, STEPS[self.kind], 1.0)
         task, rate = _task(self.kind, encoder, tuple(CLASSES), len(units), noise)
+        if change == PUBLIC:
+            # Its rates are LayerNorm's.
+            task = replace(task, spec=replace(task.spec, kind="facmic_plain"), public=target)
         tensors: Mapping[str, Any] = task.spec.initial(seed=b"study")
         if change != UNTRAINED:
             tensors = self._trained(change, task, units, target, rate=rate, noise=noise, seed=fold)

@@ -73,6 +73,13 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     aligned.add_argument("--target", type=Path, help="folder of public unlabelled images to align with")
     aligned.add_argument("--halves", action="store_true", help="align with half of the test images; test on both")
     parser.add_argument("--transductive", action="store_true", help="align with the test images, as released")
+    parser.add_argument(
+        "--normalisation",
+        choices=("layer", "public", "none"),
+        default="layer",
+        help="of facmic's hidden layer; public: by the statistics of the images to align with, which --method facmic "
+        "then looks at for nothing else",
+    )
     parser.add_argument("--model", default="tiny", help="open_clip model, or tiny for the bundled one")
     parser.add_argument("--pretrained", default="openai", help="open_clip tag or weights file")
     parser.add_argument("--sites", type=int, default=5, help="with --features")
@@ -101,7 +108,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     options = parser.parse_args(given)
     if options.halves and options.features is not None:
         parser.error("--halves is of images: name them with --data")
-    of_images = ("eval_site", "origins", "target", "model", "pretrained")
+    of_images = ("eval_site", "origins", "target", "normalisation", "model", "pretrained")
     of_features = ("sites", "partition", "train", "test", "centre", "colluders", "min_survivors")
     for name in of_images if options.features is not None else of_features:
         if getattr(options, name) != parser.get_default(name):
@@ -140,6 +147,13 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
             expected="--data with --target, --transductive or --halves",
             cure="name what to align with, or leave the method out",
         )
+    if options.normalisation == "public" and not aligns:
+        raise ConfigError(
+            "FS-1010",
+            "--normalisation public without a target",
+            expected="--target, --transductive or --halves, whose images it takes the statistics of",
+            cure="name them, or leave --normalisation out",
+        )
     references = tuple(name for name in names if name in reference.NAMES)
     if references:
         reference.check_consent(math.inf if math.inf in epsilons else min(epsilons), options.no_privacy)
@@ -176,6 +190,17 @@ def weights_of(options: argparse.Namespace) -> Path | None:
 
 def installed(name: str) -> str:
     return "facmic" if name == ALIGNED else name
+
+
+def facmic_settings(name: str, options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """Keys of ``[method]`` for a method, and of ``[method.alignment]`` where it looks at the target."""
+    if installed(name) != "facmic":
+        return {}, None
+    settings = {"facmic": {"normalisation": options.normalisation}}
+    if name != ALIGNED and options.normalisation != "public":
+        return settings, None
+    aligned = {"weight": 1.0, "prototypes": True} if name == ALIGNED else {}
+    return settings, {**aligned, "transductive": options.transductive or options.halves}
 
 
 def noises_of(name: str, options: argparse.Namespace) -> tuple[str, ...]:
@@ -333,13 +358,14 @@ def prepare(
                 delta=options.delta,
             )
             return replace(common(method), federation=layout)
-        overlaps = options.transductive or options.halves
+        settings, alignment = facmic_settings(method, options)
         layout = lay_out_experiment(
             experiment,
             options.out / "layout" / method,
             method=installed(method),
             delta=options.delta,
-            alignment={"weight": 1.0, "prototypes": True, "transductive": overlaps} if method == ALIGNED else None,
+            settings=settings,
+            alignment=alignment,
         )
         return replace(common(method), federation=layout)
 

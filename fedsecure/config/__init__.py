@@ -19,7 +19,7 @@ from fedsecure.config.federation import (
     TelemetryConfig,
     default_delta,
 )
-from fedsecure.config.method import AlignmentConfig, Clip2flConfig, MethodConfig, default_rounds
+from fedsecure.config.method import AlignmentConfig, Clip2flConfig, FacmicConfig, MethodConfig, default_rounds
 from fedsecure.config.reading import load, parse_settings, read_toml
 from fedsecure.config.section import Label, Positive, SiteId
 from fedsecure.config.site import DatasetConfig, PolicyConfig, SiteConfig
@@ -33,6 +33,7 @@ __all__ = [
     "EncoderChoice",
     "EncoderConfig",
     "EvaluationConfig",
+    "FacmicConfig",
     "FederationConfig",
     "Label",
     "MethodConfig",

@@ -62,6 +62,18 @@ class Clip2flConfig(Section):
     warm_start: bool = False
 
 
+class FacmicConfig(Section):
+    """What the method ``facmic`` goes by, and no other.
+
+    Attributes:
+        normalisation: of the module's hidden layer: ``"layer"``: by mean and variance of a record's own coordinates;
+            ``"public"``: by mean and variance of each coordinate over the images of ``alignment.target`` under the
+            round's W1 and b1; ``"none"``: by nothing, scale and shift alone.
+    """
+
+    normalisation: Literal["layer", "public", "none"] = "layer"
+
+
 class AlignmentConfig(Section):
     """FACMIC's alignment with a public target, for the method ``facmic``; off by default.
 
@@ -82,10 +94,15 @@ class AlignmentConfig(Section):
     at: Literal["sites", "aggregator"] = "sites"
     transductive: bool = False
 
+    @property
+    def aligns(self) -> bool:
+        """Whether a record's loss, or the aggregator, looks at the target."""
+        return self.weight > 0 or self.negatives > 0
+
     @model_validator(mode="after")
     def _check_use(self) -> Self:
-        if bool(self.target) != (self.weight > 0 or self.negatives > 0):
-            raise ValueError("a target goes with a weight or negatives above 0, and these with a target")
+        if self.aligns and not self.target:
+            raise ValueError("a weight or negatives above 0 go with a target")
         if self.prototypes and self.weight == 0:
             raise ValueError("prototypes are released for nothing without a weight above 0")
         if self.at == "aggregator" and not self.prototypes:
@@ -113,6 +130,7 @@ class MethodConfig(Section):
             Without any, all classes count alike.
         views: how many views of each training image a gradient is the mean of; 1 is the image alone.
         alignment: of the method ``facmic``, with a public target.
+        facmic: what the method of that name goes by.
         clip2fl: what the method of that name goes by.
     """
 
@@ -125,6 +143,8 @@ class MethodConfig(Section):
     class_prior: Literal["released"] | Annotated[tuple[Positive, ...], Field(max_length=10_000)] = ()
     views: Annotated[int, Field(ge=1, le=32)] = 1
     alignment: AlignmentConfig = AlignmentConfig()
+    # Written out only where it says something, so that other settings have the hash that they always had.
+    facmic: FacmicConfig = Field(default=FacmicConfig(), exclude_if=lambda chosen: chosen == FacmicConfig())
     clip2fl: Clip2flConfig = Clip2flConfig()
 
     @model_validator(mode="after")
@@ -133,6 +153,12 @@ class MethodConfig(Section):
             # Written out in every copy, so that no other release takes another number.
             self.__dict__["rounds"] = default_rounds(self.name)
             self.model_fields_set.add("rounds")
+        return self
+
+    @model_validator(mode="after")
+    def _check_target(self) -> Self:
+        if self.alignment.target and not (self.alignment.aligns or self.facmic.normalisation == "public"):
+            raise ValueError('a target goes with a weight, negatives or facmic.normalisation = "public"')
         return self
 
     @model_validator(mode="after")

@@ -1,7 +1,8 @@
 """The trainable adapters as shapes and numbers, without torch: an aggregator sizes, starts and steps them.
 
 ``linear`` is the zero-initialised residual linear head of privacy.md §0.3; ``facmic`` is the feature attention
-module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3); ``fedclip`` is the
+module of FACMIC (MICCAI 2024) with LayerNorm in place of BatchNorm (facmic.md §1.2 and §5.4-3), ``facmic_plain`` the
+same with constants in its place, the statistics of public images or none; ``fedclip`` is the
 Tanh gate of FedCLIP (Lu et al. 2023, arXiv 2302.13485); ``bottleneck`` is a residual two-layer perceptron as in
 CLIP-Adapter (Gao et al. 2021, arXiv 2110.04544); ``affine`` is a residual affine map under a classifier that starts at
 the texts, CLIP2FL's student (arXiv 2312.08648) on features. ``FORMS`` is the one list of them; a kind's forward pass is
@@ -13,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from fedsecure.errors import ModelError
 
-AdapterKind = Literal["linear", "facmic", "fedclip", "bottleneck", "affine"]
+AdapterKind = Literal["linear", "facmic", "facmic_plain", "fedclip", "bottleneck", "affine"]
 Float32 = npt.NDArray[np.float32]
 Vector = npt.NDArray[np.float64]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -38,24 +39,29 @@ class AdapterForm:
         shapes: (d, K) → tensor name → shape, in the order of the module's parameters.
         uniform: tensors that start at random, from U(−1/√d, 1/√d), PyTorch's default.
         ones: tensors that start at one.
+        constants: whether its hidden layer is normalised by constants, which ``HeadTask.public`` decides.
     """
 
     shapes: Callable[[int, int], Shapes]
     uniform: tuple[str, ...] = ()
     ones: tuple[str, ...] = ()
+    constants: bool = False
 
 
 def _two_layers(inner: int, d: int) -> Shapes:
     return {"W1": (inner, d), "b1": (inner,), "W2": (d, inner), "b2": (d,)}
 
 
+_ATTENTION = AdapterForm(
+    lambda d, k: {"W1": (d, d), "b1": (d,), "gamma": (d,), "beta": (d,), "W2": (d, d), "b2": (d,)},
+    uniform=("W1", "b1"),
+    ones=("gamma",),
+)
+
 FORMS: Mapping[AdapterKind, AdapterForm] = {
     "linear": AdapterForm(lambda d, k: {"D": (k, d)}),
-    "facmic": AdapterForm(
-        lambda d, k: {"W1": (d, d), "b1": (d,), "gamma": (d,), "beta": (d,), "W2": (d, d), "b2": (d,)},
-        uniform=("W1", "b1"),
-        ones=("gamma",),
-    ),
+    "facmic": _ATTENTION,
+    "facmic_plain": replace(_ATTENTION, constants=True),
     "fedclip": AdapterForm(lambda d, k: _two_layers(d, d), uniform=("W1", "b1")),
     "bottleneck": AdapterForm(lambda d, k: _two_layers(min(BOTTLENECK, d), d), uniform=("W1", "b1")),
     "affine": AdapterForm(lambda d, k: {"A": (d, d), "b": (d,), "D": (k, d)}),
@@ -95,8 +101,8 @@ class AdapterSpec:
 
     @property
     def parameters(self) -> int:
-        """Number of trainable values: K·d for ``linear``, 2d² + 4d for ``facmic`` (526,336 at d = 512), 2d² + 2d for
-        ``fedclip``, 2rd + r + d for ``bottleneck`` with r = 64, d² + d + K·d for ``affine``."""
+        """Number of trainable values: K·d for ``linear``, 2d² + 4d for ``facmic`` and ``facmic_plain`` (526,336 at
+        d = 512), 2d² + 2d for ``fedclip``, 2rd + r + d for ``bottleneck`` with r = 64, d² + d + K·d for ``affine``."""
         return sum(math.prod(shape) for shape in self.shapes.values())
 
     def initial(self, seed: bytes) -> dict[str, Float32]:

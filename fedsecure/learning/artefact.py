@@ -1,7 +1,8 @@
 """The trained adapter as one ``safetensors`` file that says what it is, what it was trained on and at what price.
 
 It holds the text embeddings and the public mean beside the adapter's tensors, so it works on feature files without any
-encoder, and it refuses features of another encoder. Learned prompts stand in it as the texts they amount to; changes
+encoder, and it refuses features of another encoder. Statistics of public images that normalise an adapter are in its
+tensors. Learned prompts stand in it as the texts they amount to; changes
 inside the visual tower need the tower, and so images. No pickle, no torch.
 """
 
@@ -127,6 +128,8 @@ def save_adapter(
 ) -> None:
     """Write the adapter; the file appears whole or not at all.
 
+    Where the task has public images to normalise by, what is written is the same adapter without need of them.
+
     Raises:
         ModelError: FS-1632 when the tensors do not fit the task's spec.
         EnvironmentProblem: FS-1802 when the file cannot be written.
@@ -134,6 +137,10 @@ def save_adapter(
     from safetensors.numpy import save
 
     task.spec.flatten(tensors)
+    if isinstance(task, HeadTask) and task.public is not None:
+        from fedsecure.learning.modules import without_public
+
+        task, tensors = without_public(task, tensors)
     arrays = {name: np.ascontiguousarray(value, np.float32) for name, value in tensors.items()}
     arrays |= {name: np.ascontiguousarray(getattr(task, name), np.float32) for name in _CONSTANTS}
     if not isinstance(task, HeadTask) and task.texts is not None:

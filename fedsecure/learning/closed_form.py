@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from fedsecure.learning.adapters import AdapterSpec, Vector
+from fedsecure.learning.adapters import FORMS, AdapterSpec, Vector
 from fedsecure.learning.gradients import BACKWARD, Factor, Outer, Slopes, Weights
-from fedsecure.learning.modules import FeatureAdapter, build_poles, centred_inputs, to_tensors
+from fedsecure.learning.modules import FeatureAdapter, build_poles, centred_inputs, hidden_statistics, to_tensors
 from fedsecure.learning.narrow import BLOCK, LEAST_SQUARE, WIDEST, Precision
 from fedsecure.learning.objective import TEACHER_SCALE
 from fedsecure.learning.task import TINY, HeadTask
@@ -125,7 +125,8 @@ class ClippedSums:
         to replace.
         """
         device, dtype = self.like.device, self.like.dtype
-        weights = Weights.of(to_tensors(self.task.spec, parameters, device=device, dtype=dtype))
+        tensors = to_tensors(self.task.spec, parameters, device=device, dtype=dtype)
+        weights = Weights.of(tensors, hidden_statistics(self.task, parameters, device=device))
         total = _Total.of(self.task.spec, device)
         narrow = self.narrow and plant is None
         for block in self._blocks():
@@ -259,11 +260,13 @@ def _rows_stand_alone(spec: AdapterSpec, rows: int, device: torch.device, thread
 
     d, k = spec.dimension, spec.classes
     centre = (0.1 / math.sqrt(d) * noise(d)).float().numpy()
-    task = HeadTask(spec, noise(k, d).float().numpy(), centre, 10.0)
+    public = noise(STEP, d).float().numpy() if FORMS[spec.kind].constants else None
+    task = HeadTask(spec, noise(k, d).float().numpy(), centre, 10.0, public=public)
     parameters = {name: noise(*shape) / math.sqrt(d) for name, shape in spec.shapes.items()}
     like = torch.empty(0, dtype=torch.float32, device=device)
     adapter = _Adapter.of(task, device)
-    weights = Weights.of(to_tensors(spec, parameters, device=device, dtype=torch.float32))
+    tensors = to_tensors(spec, parameters, device=device, dtype=torch.float32)
+    weights = Weights.of(tensors, hidden_statistics(task, parameters, device=device))
     features, labels = noise(rows, 1, d).float(), torch.arange(rows)[:, None] % k
 
     def run(order: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -16,10 +17,10 @@ from torch.nn import functional
 
 from fedsecure.learning.adapters import AdapterKind
 from fedsecure.learning.losses import classification_slope, contrast_slope, distillation_slope
+from fedsecure.learning.modules import VARIANCE_EPSILON
 from fedsecure.learning.objective import Objective
 from fedsecure.learning.task import TINY
 
-LAYER_NORM_EPSILON = 1e-5
 LEAKY_SLOPE = 0.01
 
 
@@ -50,17 +51,25 @@ def _affine(weight: Tensor, bias: Tensor | None = None) -> Affine:
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """An adapter's parameters, and its layers as products: W1·x + b1, W2·x + b2 and, on the way back, W2ᵀ·g."""
+    """An adapter's parameters, and its layers as products: W1·x + b1, W2·x + b2 and, on the way back, W2ᵀ·g.
+
+    ``statistics``: mean and inverse deviation that normalise the hidden layer, where the task has public images.
+    """
 
     tensors: Mapping[str, Tensor]
     layers: Mapping[str, Affine]
+    statistics: tuple[Tensor, Tensor] | None = None
 
     @classmethod
-    def of(cls, tensors: Mapping[str, Tensor]) -> Weights:
+    def of(cls, tensors: Mapping[str, Tensor], statistics: tuple[Tensor, Tensor] | None = None) -> Weights:
         if "W1" not in tensors:
             return cls(tensors, {})
         hidden, output = _affine(tensors["W1"], tensors["b1"]), _affine(tensors["W2"], tensors["b2"])
-        return cls(tensors, {"hidden": hidden, "output": output, "back": _affine(tensors["W2"].T)})
+        layers = {"hidden": hidden, "output": output, "back": _affine(tensors["W2"].T)}
+        if statistics is not None:
+            mean, inverse = statistics
+            statistics = mean.to(tensors["W1"]), inverse.to(tensors["W1"])
+        return cls(tensors, layers, statistics)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,20 +122,42 @@ def _linear(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor
     return [Outer(error.to(inputs.dtype), inputs, bias=False)]
 
 
-def _attention(inputs: Tensor, weights: Weights, slopes: Slopes) -> Sequence[Factor]:
-    scaled = inputs * math.sqrt(inputs.shape[-1])
-    hidden = weights.layers["hidden"](scaled)
+# (hidden layer, weights) → the layer normalised, and the way from ∂ℓ/∂(γ ⊙ n + β) back to ∂ℓ/∂h.
+Norm = Callable[[Tensor, Weights], tuple[Tensor, Callable[[Tensor], Tensor]]]
+
+
+def _layer_norm(hidden: Tensor, weights: Weights) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
     norm = [hidden.shape[-1]]
     gamma, beta = weights.tensors["gamma"], weights.tensors["beta"]
-    normalised, mean, rstd = torch.native_layer_norm(hidden, norm, None, None, LAYER_NORM_EPSILON)
+    normalised, mean, rstd = torch.native_layer_norm(hidden, norm, None, None, VARIANCE_EPSILON)
+
+    def back(to_affine: Tensor) -> Tensor:
+        to_hidden: Tensor = torch.ops.aten.native_layer_norm_backward(
+            to_affine, hidden, norm, mean, rstd, gamma, beta, [True, False, False]
+        )[0]
+        return to_hidden
+
+    return normalised, back
+
+
+def _by_constants(hidden: Tensor, weights: Weights) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+    gamma = weights.tensors["gamma"]
+    if weights.statistics is None:
+        return hidden, lambda to_affine: to_affine * gamma
+    mean, inverse = weights.statistics
+    slope = gamma * inverse
+    return hidden.sub_(mean).mul_(inverse), lambda to_affine: to_affine * slope
+
+
+def _attention(inputs: Tensor, weights: Weights, slopes: Slopes, *, norm: Norm) -> Sequence[Factor]:
+    scaled = inputs * math.sqrt(inputs.shape[-1])
+    normalised, back = norm(weights.layers["hidden"](scaled), weights)
+    gamma, beta = weights.tensors["gamma"], weights.tensors["beta"]
     active = functional.leaky_relu_(torch.addcmul(beta, normalised, gamma), LEAKY_SLOPE)
     to_output = _gated(inputs, active, weights, slopes)
     to_affine = torch.ops.aten.leaky_relu_backward(weights.layers["back"](to_output), active, LEAKY_SLOPE, True)
-    to_hidden, _, _ = torch.ops.aten.native_layer_norm_backward(
-        to_affine, hidden, norm, mean, rstd, gamma, beta, [True, False, False]
-    )
     return [
-        Outer(to_hidden, scaled, bias=True),
+        Outer(back(to_affine), scaled, bias=True),
         normalised.mul_(to_affine),
         to_affine,
         Outer(to_output, active, bias=True),
@@ -188,7 +219,8 @@ Backward = Callable[[Tensor, Weights, Slopes], Sequence[Factor]]
 # Looked up by kind whenever it is used.
 BACKWARD: dict[AdapterKind, Backward] = {
     "linear": _linear,
-    "facmic": _attention,
+    "facmic": partial(_attention, norm=_layer_norm),
+    "facmic_plain": partial(_attention, norm=_by_constants),
     "fedclip": _tanh_gate,
     "bottleneck": _bottleneck,
     "affine": _affine_student,

@@ -1,4 +1,4 @@
-"""The adapters as torch modules of plain ``nn.Linear`` and ``nn.LayerNorm``, for Opacus and for prediction.
+"""The adapters as torch modules of plain layers that Opacus knows, for Opacus and for prediction.
 
 ``named_parameters`` come in the order of ``AdapterSpec.shapes``, so a flat gradient has the layout of a flat adapter.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,10 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedsecure.errors import ModelError
-from fedsecure.learning.adapters import AdapterKind, AdapterSpec
+from fedsecure.learning.adapters import AdapterKind, AdapterSpec, Float32
 from fedsecure.learning.losses import classification_loss, contrast_loss, distillation_term
 from fedsecure.learning.objective import TEACHER_SCALE
 from fedsecure.learning.task import TINY, HeadTask
+
+# Of LayerNorm and of BatchNorm alike.
+VARIANCE_EPSILON = 1e-5
 
 
 def resolve_device(device: str) -> torch.device:
@@ -64,6 +68,38 @@ def centred_inputs(task: HeadTask, features: Tensor) -> Tensor:
     return functional.normalize(unit - centre, dim=-1, eps=TINY)
 
 
+def hidden_statistics(
+    task: HeadTask, tensors: Mapping[str, Any], *, device: torch.device
+) -> tuple[Tensor, Tensor] | None:
+    """Mean and 1/√(variance + 1e-5) of each coordinate of W1 a√d + b1 over the task's public images.
+
+    (d,) float64 each; None where the task has no such images. They follow from the adapter and public features alone,
+    and are constants: no gradient goes through them.
+    """
+    if task.public is None:
+        return None
+    weight, bias = (torch.as_tensor(tensors[name]).detach().to(device, torch.float64) for name in ("W1", "b1"))
+    inputs = centred_inputs(task, torch.as_tensor(task.public).to(device, torch.float64))
+    hidden = functional.linear(inputs * math.sqrt(task.spec.dimension), weight, bias)
+    variance, mean = torch.var_mean(hidden, dim=0, correction=0)
+    return mean, (variance + VARIANCE_EPSILON).rsqrt()
+
+
+def without_public(task: HeadTask, tensors: Mapping[str, Any]) -> tuple[HeadTask, dict[str, Float32]]:
+    """The same adapter for a machine without the task's public images: their statistics are in γ and β.
+
+    Predictions are the same but for the rounding of γ/σ and β − γμ/σ to float32.
+    """
+    held = {name: np.asarray(value, np.float32) for name, value in tensors.items()}
+    statistics = hidden_statistics(task, tensors, device=torch.device("cpu"))
+    if statistics is not None:
+        mean, inverse = (value.numpy() for value in statistics)
+        slope = np.asarray(tensors["gamma"], np.float64) * inverse
+        shift = np.asarray(tensors["beta"], np.float64) - slope * mean
+        held |= {"gamma": slope.astype(np.float32), "beta": shift.astype(np.float32)}
+    return replace(task, public=None), held
+
+
 class _Head(nn.Module):
     """What all adapters share: τ·P as a constant."""
 
@@ -91,19 +127,25 @@ class LinearHead(_Head):
 class FeatureAdapter(_Head):
     """An adapter between the image's feature and the class texts: logits = τ·z·Pᵀ with z = ``adapt(features)``."""
 
+    norm_layer: ClassVar[type[nn.Module]] = nn.Identity
+
     def __init__(self, task: HeadTask) -> None:
         super().__init__(task)
         shapes = task.spec.shapes
         d, inner = task.spec.dimension, shapes["W1"][0]
         self.hidden = nn.Linear(d, inner)
-        self.norm = nn.LayerNorm(inner) if "gamma" in shapes else nn.Identity()
+        self.norm = self.norm_layer(inner)
         self.output = nn.Linear(inner, d)
 
     def layers(self, inputs: Tensor) -> Tensor:
         """W2 r + b2, r the activation of W1 a√d + b1."""
-        hidden = self.norm(self.hidden(inputs * math.sqrt(self.task.spec.dimension)))
-        output: Tensor = self.output(self.activation(hidden))
+        hidden = self.hidden(inputs * math.sqrt(self.task.spec.dimension))
+        output: Tensor = self.output(self.activation(self.normalised(hidden)))
         return output
+
+    def normalised(self, hidden: Tensor) -> Tensor:
+        normal: Tensor = self.norm(hidden)
+        return normal
 
     def activation(self, hidden: Tensor) -> Tensor:
         raise NotImplementedError
@@ -145,8 +187,38 @@ class AffineStudent(_Head):
 class AttentionModule(FeatureAdapter):
     """FACMIC's feature attention with LayerNorm: z = unit(softmax(W2 LeakyReLU(LayerNorm(h)) + b2) ⊙ a)."""
 
+    norm_layer: ClassVar[type[nn.Module]] = nn.LayerNorm
+
     def activation(self, hidden: Tensor) -> Tensor:
         return functional.leaky_relu(hidden, 0.01)
+
+
+class Scaling(nn.Module):
+    """γ ⊙ x + β."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(width)), nn.Parameter(torch.zeros(width))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows * self.weight + self.bias
+
+
+class PlainAttention(AttentionModule):
+    """FACMIC's feature attention with γ ⊙ (h − μ)/σ + β: μ and σ are constants of the round, or 0 and 1."""
+
+    norm_layer = Scaling
+    mean: Tensor
+    inverse: Tensor
+
+    def __init__(self, task: HeadTask) -> None:
+        super().__init__(task)
+        # Beside the layer that holds γ and β: Opacus takes the gradients of such a layer only where it has no buffer.
+        self.register_buffer("mean", torch.zeros(task.spec.dimension), persistent=False)
+        self.register_buffer("inverse", torch.ones(task.spec.dimension), persistent=False)
+
+    def normalised(self, hidden: Tensor) -> Tensor:
+        return super().normalised((hidden - self.mean) * self.inverse)
 
 
 class TanhGate(FeatureAdapter):
@@ -169,6 +241,7 @@ class Bottleneck(FeatureAdapter):
 MODULES: Mapping[AdapterKind, type[_Head]] = {
     "linear": LinearHead,
     "facmic": AttentionModule,
+    "facmic_plain": PlainAttention,
     "fedclip": TanhGate,
     "bottleneck": Bottleneck,
     "affine": AffineStudent,
@@ -185,6 +258,9 @@ def build_module(task: HeadTask, tensors: Mapping[str, Any], *, device: torch.de
     with torch.no_grad():
         for parameter, value in zip(module.parameters(), values.values(), strict=True):
             parameter.copy_(value)
+    statistics = hidden_statistics(task, tensors, device=device)
+    if statistics is not None:
+        module.mean, module.inverse = (value.to(dtype) for value in statistics)
     return module
 
 

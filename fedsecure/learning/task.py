@@ -5,6 +5,8 @@ With a unit input a = unit(unit(x) − centre), prior rows P and τ = ``scale`` 
 * linear (accuracy.md, "The best configuration"): τ·a·Pᵀ + a·Dᵀ; D = 0 is zero-shot;
 * facmic (facmic.md §1.2): z0 = a·√d, h = W1 z0 + b1, r = LeakyReLU(LayerNorm(h)), s = softmax(W2 r + b2),
   z = unit(s ⊙ a), τ·z·Pᵀ (+ log prior); W2 = b2 = 0 makes s constant, so this too is zero-shot;
+* facmic_plain: the same with γ ⊙ (h − μ)/σ + β in LayerNorm's place, where μ and σ² − 1e-5 are mean and variance of
+  each coordinate of h over public images (facmic.md §5.4-3), constants of a step; or 0 and 1, where there are none;
 * fedclip: the same with r = tanh(h); bottleneck: z = unit(a + W2 relu(h) + b2), with W1 of 64 rows;
 * affine: x = a·√d, z = x + A x + b, τ/√d·z·Pᵀ + z·Dᵀ; with A, b and D at 0 zero-shot again. z is not normalised.
 
@@ -21,7 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from fedsecure.errors import ModelError
-from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
+from fedsecure.learning.adapters import FORMS, AdapterSpec, Float32, Vector
 from fedsecure.learning.objective import CROSS_ENTROPY, Objective
 
 TINY = 1e-12
@@ -41,10 +43,12 @@ class HeadTask:
         temperature: > 0, for centred cosines; ``scale`` is what the logits get.
         log_prior: (K,) float32 added to the logits in training only (facmic.md §5.4-1), or None.
         objective: the loss in training; cross-entropy unless said otherwise.
+        public: (m, d) float32 features of m ≥ 2 public images, by whose statistics under the current W1 and b1 the
+            hidden layer of ``facmic_plain`` is normalised; None normalises by nothing.
 
     Raises:
-        ModelError: FS-1633 when a constant has another shape, is not finite, or τ ≤ 0; FS-1647 for an objective in
-            adapted features with the linear head, which has none.
+        ModelError: FS-1633 when a constant has another shape, is not finite, or is of no use to the adapter, or τ ≤ 0;
+            FS-1647 for an objective in adapted features with the linear head, which has none.
     """
 
     spec: AdapterSpec
@@ -53,6 +57,7 @@ class HeadTask:
     temperature: float
     log_prior: Float32 | None = None
     objective: Objective = CROSS_ENTROPY
+    public: Float32 | None = None
 
     def __post_init__(self) -> None:
         d, k = self.spec.dimension, self.spec.classes
@@ -75,13 +80,26 @@ class HeadTask:
                 expected="a finite value above 0",
                 cure="set method.temperature to auto or to a positive number",
             )
-
+        self._check_public()
         if self.objective.of_features and "D" in self.spec.shapes:
             raise ModelError(
                 "FS-1647",
                 f"alignment or contrast with the {self.spec.kind} adapter",
                 expected="an adapter of features: it is the adapted feature that is aligned or contrasted",
                 cure="set method.alignment = 0, or choose facmic, fedclip or bottleneck",
+            )
+
+    def _check_public(self) -> None:
+        if self.public is None:
+            return
+        shape = self.public.shape
+        fits = len(shape) == 2 and shape[0] >= 2 and shape[1] == self.spec.dimension
+        if not (fits and np.isfinite(self.public).all() and FORMS[self.spec.kind].constants):
+            raise ModelError(
+                "FS-1633",
+                f"public images of shape {shape} to normalise the {self.spec.kind} adapter by",
+                expected=f"finite features of two images or more, (m, {self.spec.dimension}), and facmic_plain",
+                cure="use a target of this federation's encoder",
             )
 
     @property

@@ -161,6 +161,7 @@ def suggest(
       has norm about √(d/2). Above g = 1 the gate scrambles the features; g = min(0.9, s/94) with
       s = μ·units/√(d/2). A single step goes at most 3 up to s = 300, and at most 8 from s = 800 on: longer ones
       overshoot in noise and the module diverges. So few steps do not use a strong signal up: 60 are the default.
+    * facmic_plain: as facmic; normalised by statistics of public images, LeakyReLU has the same norm.
     * fedclip: as facmic with tanh(h) of norm about √d/2 and g = min(0.5, s/250), for there is no norm layer.
     * bottleneck: relu(h) with the bias has norm about 3.4, so the adapted feature gets noise of norm
       way·3.4·√d/(μ·units) in all directions; the way is min(3.4 s, 0.09 s²) with s = μ·units/(3.4·√d).
@@ -235,6 +236,7 @@ def _affine(signal: float, classes: int, dimension: int, steps: int) -> tuple[fl
 RULES: Mapping[AdapterKind, Callable[[float, int, int, int], tuple[float, float]]] = {
     "linear": _linear,
     "facmic": _attention,
+    "facmic_plain": _attention,
     "fedclip": _tanh_gate,
     "bottleneck": _bottleneck,
     "affine": _affine,

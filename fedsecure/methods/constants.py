@@ -26,7 +26,7 @@ def run_constants(
     Args:
         settings: of the run.
         file: the site's own copy of the weights, or of the feature file.
-        target: the site's own copy of the target to align with.
+        target: the site's own copy of the target.
         device, engine: the site's.
 
     Raises:
@@ -36,9 +36,9 @@ def run_constants(
     """
     method = load_training_method(settings.method.name)
     features = load_site_features(settings.encoder, settings.classes, file=file, device=device)
-    alignment = settings.method.alignment
-    # A site that neither aligns nor has a copy does without: then only the aggregator looks at it.
-    if target is not None or alignment.at == "sites" or alignment.negatives > 0:
+    alignment, normalisation = settings.method.alignment, settings.method.facmic.normalisation
+    # A site that does not use it and has no copy does without: then only the aggregator looks at it.
+    if target is not None or alignment.at == "sites" or alignment.negatives > 0 or normalisation == "public":
         features = with_target(settings, features, target)
     choose_engine(engine, method.task(settings, features))
     inputs: Inputs = method.inputs_of(settings) if isinstance(method, AdapterDescent) else "features"
@@ -46,7 +46,7 @@ def run_constants(
 
 
 def with_target(settings: RunSettings, features: SiteFeatures, target: Path | None) -> SiteFeatures:
-    """The constants with the target that the run aligns with, if it does; ModelError FS-1676."""
+    """The constants with the run's target, if it has one; ModelError FS-1676."""
     digest = settings.method.alignment.target
     if not digest:
         return features

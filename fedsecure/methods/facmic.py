@@ -1,7 +1,8 @@
 """FACMIC's feature attention module, trained in its DP-valid form, with its domain alignment where there is a target.
 
 Wu, Desrosiers, Chaddad: FACMIC, MICCAI 2024 (arXiv 2410.14707). Per-sample cross-entropy against fixed text embeddings
-instead of the in-batch loss, LayerNorm instead of BatchNorm, and an output layer that starts at zero, so that
+instead of the in-batch loss, LayerNorm instead of BatchNorm (or, with ``facmic.normalisation = "public"``, the public
+target's statistics in place of a batch's), and an output layer that starts at zero, so that
 round 0 equals zero-shot CLIP (facmic.md §5.4).
 
 ``method.alignment`` adds the local discrepancy to a public target as a witness, one loss a record: sites compute it
@@ -20,7 +21,8 @@ from typing import ClassVar
 import numpy as np
 
 from fedsecure.config import RunSettings
-from fedsecure.learning.adapters import Float32, Vector
+from fedsecure.errors import ConfigError
+from fedsecure.learning.adapters import AdapterSpec, Float32, Vector
 from fedsecure.learning.features import SiteFeatures
 from fedsecure.learning.moments import Moments, moment_sum, read_moments
 from fedsecure.learning.objective import Negatives
@@ -144,6 +146,26 @@ class Facmic(AdapterDescent):
 
     # --- what both halves compute alike from public numbers ---------------------------------------------------------
 
+    def spec(self, settings: RunSettings) -> AdapterSpec:
+        spec = AdapterDescent.spec(self, settings)
+        return spec if settings.method.facmic.normalisation == "layer" else replace(spec, kind="facmic_plain")
+
+    def task(self, settings: RunSettings, features: SiteFeatures) -> HeadTask:
+        task = AdapterDescent.task(self, settings, features)
+        public = settings.method.facmic.normalisation == "public"
+        return replace(task, public=_target_of(features)) if public else task
+
+    def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
+        """As :meth:`AdapterDescent.plan`; also ConfigError FS-1023, normalisation by a target that there is not."""
+        if settings.method.facmic.normalisation == "public" and not settings.method.alignment.target:
+            raise ConfigError(
+                "FS-1023",
+                'method.facmic.normalisation = "public" without a target',
+                expected="the hash of a file of public images as method.alignment.target",
+                cure="write a target and name it there, or leave normalisation out under [method.facmic]",
+            )
+        return AdapterDescent.plan(self, settings, cohort)
+
     def prototypes_segment(self, settings: RunSettings, cohort: Cohort, plan: PrivacyPlan) -> Segment:
         """The layout of the prototypes' vector: class sums and two counts, as in one release.
 
@@ -177,7 +199,7 @@ def prototypes_of(values: Vector, layout: Moments, *, noise: float) -> Float32:
 
 
 def _target_of(features: SiteFeatures) -> Float32:
-    assert features.target is not None, "settings that align have a target, which is read at joining"
+    assert features.target is not None, "settings that use a target name one, which is read at joining"
     return features.target
 
 

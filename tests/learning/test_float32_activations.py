@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,14 +18,19 @@ from fedsecure.learning.task import HeadTask
 from fedsecure.learning.units import UnitFeatures
 
 
-def case(seed: int, *, units: int, records: int, d: int, k: int) -> tuple[HeadTask, dict[str, Any], UnitFeatures]:
+def case(
+    seed: int, *, units: int, records: int, d: int, k: int, public: bool = False
+) -> tuple[HeadTask, dict[str, Any], UnitFeatures]:
+    """FACMIC's module; with ``public`` it is normalised by public images in place of LayerNorm."""
     rng = np.random.default_rng(seed)
-    spec = AdapterSpec("facmic", d, k)
+    spec = AdapterSpec("facmic_plain" if public else "facmic", d, k)
     centre = (0.1 / np.sqrt(d) * rng.normal(size=d) * rng.integers(2)).astype(np.float32)
     task = HeadTask(spec, rng.normal(size=(k, d)).astype(np.float32), centre, float(rng.uniform(1, 30)))
     start = {n: v + 0.3 / np.sqrt(d) * rng.normal(size=v.shape) for n, v in spec.initial(b"start").items()}
     mask = rng.random((units, records)) < 0.7
     features = rng.normal(size=(units, records, d)).astype(np.float32)
+    if public:
+        task = replace(task, public=rng.normal(size=(20, d)).astype(np.float32))
     return task, start, UnitFeatures(features, rng.integers(0, k, (units, records)), mask)
 
 
@@ -53,7 +59,7 @@ def test_two_hundred_random_cases_agree_with_opacus() -> None:
     for seed in range(200):
         rng = np.random.default_rng(1000 + seed)
         sizes = {"units": int(rng.integers(0, 40)), "records": int(rng.integers(1, 4)), "d": int(rng.integers(8, 48))}
-        task, start, units = case(seed, k=int(rng.integers(2, 9)), **sizes)
+        task, start, units = case(seed, k=int(rng.integers(2, 9)), public=seed % 2 == 1, **sizes)
         clip = float(rng.choice([0.01, 0.1, 1.0]))
         ours = single(task, start, units, clip)
         opacus = single(task, start, units, clip, engine="opacus")
@@ -61,10 +67,11 @@ def test_two_hundred_random_cases_agree_with_opacus() -> None:
     assert 1e-9 < worst <= 1e-5, "not float32 at all, or too far off"
 
 
+@pytest.mark.parametrize("public", [False, True])
 @pytest.mark.parametrize("records", [1, 3])
-def test_one_unit_moves_the_sum_by_at_most_c_even_where_rounding_is_blown_up(records: int) -> None:
+def test_one_unit_moves_the_sum_by_at_most_c_even_where_rounding_is_blown_up(records: int, public: bool) -> None:
     """Beside such a bias, another unit's gradient would turn about if its last bits followed the batch's shape."""
-    task, start, units = case(4, units=150, records=records, d=32, k=5)
+    task, start, units = case(4, units=150, records=records, d=32, k=5, public=public)
     start["b1"] = np.full(32, 1e7)
     units.mask[:, 0] = True
     clip = 0.01
@@ -93,6 +100,14 @@ def uneven_records(d: int) -> tuple[HeadTask, dict[str, Any], UnitFeatures]:
     return task, start, units
 
 
+def publicly_normalised(d: int) -> tuple[HeadTask, dict[str, Any], UnitFeatures]:
+    """Records beside the public images and far from them."""
+    task, start, units = case(14, units=300, records=1, d=d, k=3, public=True)
+    units.mask[:] = True
+    units.features[::5] *= 1e4
+    return task, start, units
+
+
 def extreme_layers(d: int) -> tuple[HeadTask, dict[str, Any], UnitFeatures]:
     """Activations as large as the aggregator likes, before a layer as small: one factor overflows, another vanishes."""
     task, start, units = case(13, units=300, records=1, d=d, k=3)
@@ -108,7 +123,10 @@ def all_the_same(d: int) -> tuple[HeadTask, dict[str, Any], UnitFeatures]:
     return task, start, units
 
 
-@pytest.mark.parametrize("make", [equal_records, uneven_records, extreme_layers, all_the_same])
+MAKERS = (equal_records, uneven_records, publicly_normalised, extreme_layers, all_the_same)
+
+
+@pytest.mark.parametrize("make", MAKERS)
 @pytest.mark.parametrize("clip", [1e-3, 1.0])
 def test_a_record_moves_a_float32_sum_by_at_most_c(make: Callable[[int], Any], clip: float) -> None:
     task, start, units = make(32)
@@ -184,10 +202,11 @@ def test_where_rows_do_not_stand_alone_activations_are_float64(monkeypatch: pyte
     assert np.array_equal(single(task, start, units, 0.1), double)
 
 
-def test_rows_that_lean_on_their_neighbours_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    spec, device = AdapterSpec("facmic", 24, 3), torch.device("cpu")
+@pytest.mark.parametrize("kind", ["facmic", "facmic_plain"])
+def test_rows_that_lean_on_their_neighbours_are_noticed(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec, device = AdapterSpec(kind, 24, 3), torch.device("cpu")
     check = closed_form._rows_stand_alone.__wrapped__
-    sound = closed_form.BACKWARD["facmic"]
+    sound = closed_form.BACKWARD[kind]
 
     def leaning(inputs: torch.Tensor, *rest: Any) -> Any:
         return sound(inputs + 1e-7 * inputs.mean(0), *rest)
@@ -196,5 +215,5 @@ def test_rows_that_lean_on_their_neighbours_are_noticed(monkeypatch: pytest.Monk
         return sound(torch.cat([inputs[:64], inputs[64:] * (1 + 2**-22)]), *rest)
 
     for faulty in (leaning, by_place):
-        monkeypatch.setitem(closed_form.BACKWARD, "facmic", faulty)
+        monkeypatch.setitem(closed_form.BACKWARD, kind, faulty)
         assert not check(spec, 256, device, 1)

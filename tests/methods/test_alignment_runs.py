@@ -281,7 +281,6 @@ def test_every_question_is_known_to_the_sites_beforehand(tmp_path: Path) -> None
     "wrong",
     [
         {"weight": 1.0},
-        {"target": "ab" * 32},
         {"weight": -1.0, "target": "ab" * 32},
         {"weight": 1.0, "target": "short"},
         {"negatives": 1.0, "target": "ab" * 32, "prototypes": True},
@@ -291,6 +290,13 @@ def test_every_question_is_known_to_the_sites_beforehand(tmp_path: Path) -> None
 def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError):
         AlignmentConfig(**wrong)
+
+
+def test_a_target_that_nothing_looks_at_is_refused() -> None:
+    alignment = {"target": "ab" * 32}
+    with pytest.raises(ValueError, match="a target goes with"):
+        MethodConfig.model_validate({"name": "facmic", "alignment": alignment})
+    MethodConfig.model_validate({"name": "facmic", "alignment": alignment, "facmic": {"normalisation": "public"}})
 
 
 def test_prototypes_need_a_second_round_and_a_wide_ring(tmp_path: Path) -> None:

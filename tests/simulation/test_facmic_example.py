@@ -116,6 +116,7 @@ def test_a_feature_file(example: ModuleType, tmp_path: Path) -> None:
         (("--epsilon", "some"), "FS-1003"),
         (("--epsilon", "8,-1"), "FS-1003"),
         (("--method", "facmic-aligned"), "FS-1010"),
+        (("--method", "facmic", "--normalisation", "public"), "FS-1010"),
     ],
 )
 def test_bad_requests_leave_no_results(
@@ -157,6 +158,29 @@ def test_facmic_aligned_is_another_run_than_facmic(example: ModuleType, folders:
             found.setdefault(method, []).append(read_tensors(file))
     assert found["facmic"][0] == found["facmic"][1]
     assert len({*found["facmic"], *found["facmic-aligned"]}) == 3
+
+
+@pytest.mark.slow
+def test_normalisation_by_the_target_is_another_run_and_its_adapter_scores_without_it(
+    example: ModuleType, folders: Path, tmp_path: Path
+) -> None:
+    found = {}
+    for normalisation in ("layer", "public", "none"):
+        out = tmp_path / normalisation
+        given = ["--data", str(folders), "--out", str(out), "--epsilon", "8", *SHORT, "--rounds", "3", "--transductive"]
+        assert example.main([*given, "--method", "facmic,facmic-aligned", "--normalisation", normalisation]) == 0
+        for row in rows_of(out):
+            # What the federation counted on the test site is what the kept adapter scores on its images.
+            assert float(row["accuracy raw"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
+            (file,) = (out / "private" / row["method"] / "adapters").iterdir()
+            found[normalisation, row["method"]] = read_tensors(file)
+    assert len(found) == len(set(found.values())) == 6
+
+
+def test_normalisation_is_of_images(example: ModuleType, tmp_path: Path, capsys: Any) -> None:
+    with pytest.raises(SystemExit):
+        example.main(["--features", str(tmp_path / "f.npz"), "--normalisation", "none"])
+    assert "--normalisation goes with --data" in capsys.readouterr().err
 
 
 @pytest.mark.slow
