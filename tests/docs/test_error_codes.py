@@ -63,6 +63,7 @@ SHARED = {
     "FS-1638": {"learning/distillation.py", "learning/engines.py", "learning/evaluation.py", "learning/features.py"},
     "FS-1640": {"aggregator/step_worker.py", "learning/features.py"},
     "FS-1674": {"learning/last_block.py", "learning/lora_module.py"},
+    "FS-1694": {"learning/class_draws.py", "learning/clip2fl_reference.py"},
     "FS-1707": {"aggregator/engine.py", "aggregator/drawing.py"},
     "FS-1706": {"aggregator/engine.py", "aggregator/rounds.py"},
     "FS-1709": {"client.py", "simulation/memory.py"},
