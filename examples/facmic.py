@@ -353,8 +353,8 @@ def warn(experiment: Experiment, *, aligned: bool) -> None:
     shared = experiment.overlap.shared()
     if shared:
         err.print(
-            f"{len(shared)} images lie at more than one site; see fedsecure duplicates; --near 2 finds copies "
-            "that were saved anew, too. Test sets:",
+            f"{len(shared)} images lie at more than one site; fedsecure duplicates also finds copies that were saved "
+            "anew. Test sets:",
             style="yellow",
         )
         err.print("  " + ", ".join(f"{name} {len(part)}" for name, part in experiment.tests.items()))
