@@ -37,6 +37,7 @@ from fedsecure.simulation.simulate import (
     SimulationOptions,
     Step,
     among,
+    encoding_steps,
     in_cell,
     listed,
     numbers,
@@ -314,7 +315,7 @@ def prepare(
         transductive=options.transductive,
         halves=options.halves,
         origins=options.origins,
-        progress=lambda site, done, count: watch(Step(0, 1, f"encoding {site}", round=done, rounds=count)),
+        progress=encoding_steps(watch),
     )
 
     def on_folders(method: str) -> SimulationOptions:
