@@ -61,7 +61,7 @@ def render(table: Table, rows: Sequence[Row]) -> str:
     if table.lines is not None:
         lines += table.lines(rows)
     elif table.columns is not None:
-        lines += list(_by_score(rows, table.columns))
+        lines += [*_by_score(rows, table.columns), *_differences(table, table.columns, rows)]
     else:
         lines += list(_by_epsilon(table, rows))
     return "\n".join(lines) + "\n"
@@ -121,6 +121,30 @@ def _by_score(rows: Sequence[Row], columns: Mapping[str, str]) -> Iterator[str]:
             cells.append(spread(values, len(members)))
         seconds = statistics.median(float(row["wall_seconds"]) for row in members)
         yield f"| {shown(method)} | {epsilon_text(epsilon)} | " + " | ".join(cells) + f" | {seconds:.0f} |"
+
+
+def _differences(table: Table, columns: Mapping[str, str], rows: Sequence[Row]) -> Iterator[str]:
+    """A second table, of pairs of methods: a line an ε, a column a score."""
+    chosen = table.compared or tuple(columns)
+    scores: dict[tuple[str, float], dict[int, Row]] = {}
+    for row in rows:
+        scores.setdefault((str(row["method"]), float(row["epsilon"])), {})[int(row["seed"])] = row
+    lines = []
+    for one, other in table.pairs:
+        for epsilon in sorted({epsilon for method, epsilon in scores if method == one}):
+            first, second = scores[one, epsilon], scores.get((other, epsilon), {})
+            cells = []
+            for column in (columns[name] for name in chosen):
+                pairs = [(first[seed].get(column), second[seed].get(column)) for seed in sorted(first.keys() & second)]
+                cells.append(
+                    interval([100 * (float(a) - float(b)) for a, b in pairs if a is not None and b is not None])
+                )
+            lines.append(f"| {shown(one)} minus {shown(other)} | {epsilon_text(epsilon)} | " + " | ".join(cells) + " |")
+    if lines:
+        yield ""
+        yield "| difference by seed, 95 % | ε | " + " | ".join(chosen) + " |"
+        yield "|---" * (len(chosen) + 2) + "|"
+        yield from lines
 
 
 def shown(name: str) -> str:

@@ -35,6 +35,7 @@ class Table:
         pairs: pairs of lines whose difference is shown, seed by seed.
         drawn: whether a plot is made.
         columns: scores shown, a line an ε; without it there is a column an ε.
+        compared: those of ``columns`` in which pairs are compared; all of them where empty.
         lines: what makes lines of rows where neither fits.
         recorded: runs that keep their figures; see :meth:`growing`.
     """
@@ -46,6 +47,7 @@ class Table:
     pairs: tuple[tuple[str, str], ...] = ()
     drawn: bool = False
     columns: Mapping[str, str] | None = None
+    compared: tuple[str, ...] = ()
     lines: Callable[[Sequence[Row]], Iterable[str]] | None = None
     recorded: Sequence[Row] = ()
 
@@ -185,7 +187,9 @@ def tables(data: Path, out: Path) -> list[Table]:
                 Example({**folders, "--method": "facmic-aligned", "--transductive": ""}, out / "brain-tumor-aligned"),
                 Example({**folders, "--method": ",".join(others)}, out / "brain-tumor-others"),
             ),
+            pairs=(("facmic", "linear"), ("facmic-aligned", "facmic")),
             columns=scores,
+            compared=tuple(name for name in scores if not name.startswith("balanced")),
         ),
         Table(
             "brain-tumor-halves",

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from datetime import UTC, datetime
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,16 @@ from fedsecure.simulation.folders import lay_out_experiment
 from fedsecure.simulation.image_layout import lay_out_images
 from fedsecure.simulation.longtail import LongTail, arrange, from_features, from_images, group_bounds
 from fedsecure.simulation.reference import check_consent
-from fedsecure.simulation.simulate import SimulationOptions, Step, in_cell, listed, numbers, open_results, simulate
+from fedsecure.simulation.simulate import (
+    SimulationOptions,
+    Step,
+    encoding_steps,
+    in_cell,
+    listed,
+    numbers,
+    open_results,
+    simulate,
+)
 from fedsecure.simulation.tables import write_results
 
 # Private rows: the installed method, and what is set of [method.clip2fl]; the others are what it is compared with.
@@ -180,7 +189,7 @@ def prepare(options: argparse.Namespace, watch: Watch) -> Callable[[int], LongTa
             cache=options.out / "features",
             each=options.public_each,
             held_out=options.held_out,
-            progress=lambda done, count: watch(Step(0, 1, "encoding", round=done, rounds=count)),
+            progress=partial(encoding_steps(watch), options.data.name),
         )
 
     @cache

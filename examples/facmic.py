@@ -37,6 +37,7 @@ from fedsecure.simulation.simulate import (
     SimulationOptions,
     Step,
     among,
+    encoding_steps,
     in_cell,
     listed,
     numbers,
@@ -339,7 +340,7 @@ def prepare(
         transductive=options.transductive,
         halves=options.halves,
         origins=options.origins,
-        progress=lambda site, done, count: watch(Step(0, 1, f"encoding {site}", round=done, rounds=count)),
+        progress=encoding_steps(watch),
     )
 
     def on_folders(method: str) -> SimulationOptions:
@@ -379,8 +380,8 @@ def warn(experiment: Experiment, *, aligned: bool) -> None:
     shared = experiment.overlap.shared()
     if shared:
         err.print(
-            f"{len(shared)} images lie at more than one site; see fedsecure duplicates; --near 2 finds copies "
-            "that were saved anew, too. Test sets:",
+            f"{len(shared)} images lie at more than one site; fedsecure duplicates also finds copies that were saved "
+            "anew. Test sets:",
             style="yellow",
         )
         err.print("  " + ", ".join(f"{name} {len(part)}" for name, part in experiment.tests.items()))

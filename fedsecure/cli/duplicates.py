@@ -20,12 +20,29 @@ if TYPE_CHECKING:
     from fedsecure.data.duplicates import Overlap
 
 
+# Most copies saved anew are within one bit, and few other pictures are (docs/datasets.md).
+_NEAR = "1"
+
+
+def _near(text: str) -> str:
+    try:
+        return text if text == "off" else str(int(text))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is neither a number of bits nor off") from None
+
+
 def duplicates(
     data: Annotated[Path, typer.Argument(help="DIR/<site>/<class>/*.{jpg,png}")],
     eval_site: Annotated[str | None, typer.Option(help="Site that only evaluates: it loses what others hold.")] = None,
     near: Annotated[
-        int | None, typer.Option(help="Also pictures that look alike: hashes differ in at most so many bits of 64.")
-    ] = None,
+        str,
+        typer.Option(
+            parser=_near,
+            metavar="BITS|off",
+            help="Bits of 64 by which the hashes of pictures of two sites may differ to look alike; off decodes none "
+            "and compares files only.",
+        ),
+    ] = _NEAR,
     write: Annotated[Path | None, typer.Option(help="Manifest (.csv) to write, in which every image is once.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -44,16 +61,17 @@ def duplicates(
         name: open_dataset(DatasetConfig(name=name, path=data / name, format="folder"), classes=classes)
         for name in names
     }
+    bits = None if near == "off" else int(near)
     with Progress(console=err, transient=True, disable=as_json or not err.is_terminal) as progress:
         task = progress.add_task("reading images", total=sum(map(len, sites.values())))
-        overlap = find_duplicates(sites, near_bits=near, step=lambda count: progress.advance(task, count))
+        overlap = find_duplicates(sites, near_bits=bits, step=lambda count: progress.advance(task, count))
     kept = overlap.clean(test=eval_site)
     if write is not None:
         write_whole(write, _manifest(data, sites, kept, beside=write.parent).encode(), mode=0o644)
     if as_json:
-        print_json(_facts(overlap, kept))
+        print_json({**_facts(overlap, kept), "near_bits": bits})
     else:
-        _show(overlap, kept, near=near, written=write)
+        _show(overlap, kept, bits=bits, written=write)
 
 
 def _manifest(data: Path, sites: Mapping[str, Dataset], kept: Mapping[str, tuple[int, ...]], *, beside: Path) -> str:
@@ -101,7 +119,7 @@ def _facts(overlap: Overlap, kept: Mapping[str, tuple[int, ...]]) -> dict[str, A
     }
 
 
-def _show(overlap: Overlap, kept: Mapping[str, tuple[int, ...]], *, near: int | None, written: Path | None) -> None:
+def _show(overlap: Overlap, kept: Mapping[str, tuple[int, ...]], *, bits: int | None, written: Path | None) -> None:
     from rich import box
     from rich.table import Table
 
@@ -112,19 +130,24 @@ def _show(overlap: Overlap, kept: Mapping[str, tuple[int, ...]], *, near: int | 
     for site, counts in facts["sites"].items():
         table.add_row(site, str(counts["records"]), str(counts["without_duplicates"]))
     out.print(table)
-    pairs = Table("sites", "equal images", *(["look alike"] if near is not None else []), box=box.SIMPLE_HEAD)
+    pairs = Table("sites", "equal images", *(["look alike"] if bits is not None else []), box=box.SIMPLE_HEAD)
     alike = {tuple(entry["sites"]): entry["pairs"] for entry in facts["alike"]}
     equal = {tuple(entry["sites"]): entry["groups"] for entry in facts["equal"]}
     for pair in dict.fromkeys((*equal, *alike)):
         first, second = pair
         name = f"inside {first}" if first == second else f"{first}, {second}"
-        shown = [str(equal.get(pair, 0)), *([str(alike.get(pair, 0))] if near is not None else [])]
-        pairs.add_row(name, *shown)
+        looks = "–" if first == second else str(alike.get(pair, 0))
+        pairs.add_row(name, str(equal.get(pair, 0)), *([looks] if bits is not None else []))
     if pairs.row_count:
         out.print(pairs)
-        across = len(overlap.shared())
-        out.print(f"{across} images lie at more than one site: there the promise to a person adds up over sites.")
     else:
         out.print("every image is there once")
+    if across := len(overlap.shared()):
+        out.print(f"{across} images lie at more than one site: there the promise to a person adds up over sites.")
+    if overlap.near:
+        out.print(
+            f"pairs of images of different sites that look alike: {len(overlap.near)}, copies saved anew, slices of "
+            "one scan, or merely similar. --json names them; --write keeps them."
+        )
     if written is not None:
         out.print(f"written {written}", soft_wrap=True, highlight=False)

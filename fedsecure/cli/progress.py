@@ -149,7 +149,8 @@ def demo_progress(*, live: bool) -> Iterator[Watch]:
                 if live:
                     line.log(f"lost {name}; the run goes on as long as enough sites are left")
             stage, step, steps = _position(status)
-            note = str(status["waiting"]) if "phase" not in status else patience.note(status)
+            waits = str(status["waiting"]) if "phase" not in status else patience.note(status)
+            note = str(status.get("encoding") or waits)
             line.show(stage, step=step, steps=steps, note=note, say=_plain(status))
 
         yield watch

@@ -40,7 +40,9 @@ def simulation_progress(*, live: bool) -> Iterator[Callable[[Step], None]]:
             nonlocal said
             part = min(step.round / step.rounds, 1.0) if step.rounds else 0.0
             counted = f"{step.done}/{step.cells} runs"
-            progress.update(task, description=step.what, completed=step.done + part, total=step.cells, cells=counted)
+            progress.update(
+                task, description=step.what, completed=step.done + part, total=step.cells, cells=step.note or counted
+            )
             if live and not redrawn and step.done > said:
                 said = step.done
                 err.print(f"{counted}: {step.what}", highlight=False, soft_wrap=True)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from fedsecure.vision.tokens import TokenRows
 
 _CHUNK = 256
+_ENCODED = re.compile(r"encoding (.+): ([\d,]+)/([\d,]+) images, ([\d,.]+(?:e-\d+)?)/s")
 
 
 def encode_dataset(
@@ -83,26 +86,65 @@ def _at(progress: Progress, before: int, count: int, done: int, chunk: int) -> N
         progress(before + done, count)
 
 
-def pace(say: Callable[[str], None], name: str, *, every: float = 2.0) -> Progress:
-    """A ``progress`` that says now and then how far the encoding of ``name`` is, and how many images it does a second.
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """How far the encoding of a data set is.
+
+    Attributes:
+        name: of the data set.
+        done, count: images encoded or known before, and all of them.
+        rate: images encoded a second.
+    """
+
+    name: str
+    done: int
+    count: int
+    rate: float
+
+    @property
+    def counted(self) -> str:
+        """``250/500 images, 50/s``."""
+        rate = f"{self.rate:,.0f}" if self.rate >= 100 else f"{self.rate:.3g}"
+        return f"{self.done:,}/{self.count:,} images, {rate}/s"
+
+    def __str__(self) -> str:
+        return f"encoding {self.name}: {self.counted}"
+
+    @classmethod
+    def read(cls, line: str) -> Encoded | None:
+        """What such a line says; None for any other."""
+        found = _ENCODED.fullmatch(line.strip())
+        if found is None:
+            return None
+        name, *numbers = found.groups()
+        done, count, rate = (number.replace(",", "") for number in numbers)
+        return cls(name, int(done), int(count), float(rate))
+
+
+def pace(tell: Callable[[Encoded], None], name: str, *, every: float = 2.0) -> Progress:
+    """A ``progress`` that tells now and then how far the encoding of ``name`` is, and how many images it does a second.
+
+    A smaller number of images done, or another number in all, is another pass over images, with a rate of its own.
 
     Args:
-        say: takes the line.
+        tell: takes how far it is.
         name: of the data set.
-        every: seconds between lines; the last image is told of in any case.
+        every: seconds between two calls; the last image is told of in any case. What was known before is not told.
     """
-    begun, known, last = 0.0, -1, 0.0
+    begun, known, last = 0.0, 0, 0.0
+    before = (-1, -1)
 
     def watch(done: int, count: int) -> None:
-        nonlocal begun, known, last
+        nonlocal begun, known, last, before
         now = time.monotonic()
-        if known < 0 or done < known:
+        another = done < before[0] or count != before[1]
+        before = done, count
+        if another:
             begun = last = now
             known = done
-        elif now - last >= every or done == count:
+        elif done > known and (now - last >= every or done == count):
             last = now
-            rate = (done - known) / max(now - begun, 1e-9)
-            say(f"encoding {name}: {done:,} of {count:,} images, {rate:.3g} a second")
+            tell(Encoded(name, done, count, (done - known) / max(now - begun, 1e-9)))
 
     return watch
 

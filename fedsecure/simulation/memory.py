@@ -23,6 +23,7 @@ from fedsecure.errors import RunError
 from fedsecure.extras import require
 from fedsecure.files import make_folder
 from fedsecure.identity.provision import load_identity
+from fedsecure.learning.encoding import Encoded
 from fedsecure.transport.memory import MemoryTransport
 from fedsecure.wire import federation_pb2 as pb
 
@@ -66,7 +67,12 @@ class _Leash(MemoryTransport):
 
 
 def run_in_memory(
-    config: FederationConfig, sites: Mapping[str, SiteConfig], *, seed: int | None, watch: Watch
+    config: FederationConfig,
+    sites: Mapping[str, SiteConfig],
+    *,
+    seed: int | None,
+    watch: Watch,
+    encoding: Callable[[Encoded], None] = lambda _: None,
 ) -> MemoryRun:
     """One run from the first join to the last report, a thread for each site.
 
@@ -75,6 +81,7 @@ def run_in_memory(
         sites: each site's ``site.toml``.
         seed: of all noise; ``None`` draws it from the operating system.
         watch: called with (round, rounds) from a site's thread.
+        encoding: called from there now and then while the site encodes images.
 
     Raises:
         FedsecureError: the first that a site or the coordinator ended with.
@@ -91,6 +98,8 @@ def run_in_memory(
     def show(moment: Moment) -> None:
         if moment.rounds:
             watch(moment.round, moment.rounds)
+        elif (far := Encoded.read(moment.what)) is not None:
+            encoding(far)
 
     def take_part(site: str) -> None:
         transport = _Leash(coordinator, site, gate, failed)

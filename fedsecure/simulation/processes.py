@@ -13,12 +13,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from fedsecure.config import SiteConfig, load
 from fedsecure.errors import RUN_OVER, FedsecureError, RunError
 from fedsecure.files import write_whole
+from fedsecure.learning.encoding import Encoded
 from fedsecure.simulation.scaffold import Layout
 
 Watch = Callable[[Mapping[str, Any]], None]
@@ -45,6 +46,15 @@ def read_error(text: str, *, where: str) -> FedsecureError | None:
     code, found, expected, cure = printed[-1].groups()
     kind = next(k for k in FedsecureError.__subclasses__() if code.startswith(k.families))
     return kind(code, f"{where}: {found}", expected=expected, cure=cure)
+
+
+def encoded_at(lines: Sequence[str]) -> str:
+    """What the last lines of sites' logs say of images being encoded, added up; nothing where no site is at it."""
+    found = [far for line in lines if (far := Encoded.read(line)) is not None and far.done < far.count]
+    if not found:
+        return ""
+    where = found[0].name if len(found) == 1 else f"{len(found)} sites"
+    return str(Encoded(where, sum(f.done for f in found), sum(f.count for f in found), sum(f.rate for f in found)))
 
 
 class Processes:
@@ -80,7 +90,8 @@ class Processes:
         """Until the run is over.
 
         Args:
-            watch: called a few times a second with the aggregator's status and ``lost``, the sites that were killed.
+            watch: called a few times a second with the aggregator's status, ``lost``, the sites that were killed, and
+                ``encoding``, how far sites are with their images, in words; empty where none is at it.
 
         Raises:
             FedsecureError: the error that the first process to fail reported; RunError FS-1714 it reported none.
@@ -91,7 +102,7 @@ class Processes:
             for name in lost:
                 self._raise_own_error(name)
             if (status := self._status()) is not None:
-                watch({**status, "lost": lost})
+                watch({**status, "lost": lost, "encoding": self._encoding()})
             if len(lost) == len(self._layout.sites):
                 raise self._error(lost[0])
             time.sleep(0.2)
@@ -169,6 +180,14 @@ class Processes:
     def _log(self, name: str) -> str:
         file = self._layout.federation if name == "aggregator" else self._layout.sites[name]
         return (file.parent / "log.txt").read_text(errors="replace")
+
+    def _encoding(self) -> str:
+        return encoded_at(list(map(self._last_line, self._layout.sites)))
+
+    def _last_line(self, site: str) -> str:
+        with (self._layout.sites[site].parent / "log.txt").open("rb") as log:
+            log.seek(max(0, log.seek(0, os.SEEK_END) - 1024))
+            return log.read().decode(errors="replace").rstrip().rpartition("\n")[2]
 
     def _raise_own_error(self, name: str) -> None:
         """Raise what a site ended itself with, unless a signal ended it or another process caused it."""

@@ -15,15 +15,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from fedsecure.config import RunSettings
 from fedsecure.errors import ConfigError
 from fedsecure.extras import require
 from fedsecure.files import make_folder, write_whole
+from fedsecure.learning.encoding import Encoded, pace
 from fedsecure.simulation.memory import run_in_memory
 from fedsecure.simulation.placing import LaidOut, Placed, Shared, Variant
 from fedsecure.simulation.tables import plot, summarise, to_csv, to_markdown
+
+if TYPE_CHECKING:
+    from fedsecure.vision.encoder import Progress
 
 MARKER = ".fedsecure-simulation"
 
@@ -76,13 +80,14 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """A sign of progress: cells finished and to do, and where the cell at work is."""
+    """A sign of progress: cells finished and to do, and where the cell at work is, with what else is to be said."""
 
     done: int
     cells: int
     what: str
     round: int = 0
     rounds: int = 0
+    note: str = ""
 
 
 Watch = Callable[[Step], None]
@@ -123,7 +128,7 @@ def simulate(options: SimulationOptions, *, watch: Watch) -> dict[str, Any]:
         what = str(cell.variant)
         row = read_row(out, cell.key)
         if row is None:
-            row = _run(out, source, cell, watch=in_cell(watch, done, len(cells), what))
+            row = _run(out, source, cell, at=Step(done, len(cells), what), watch=watch)
         else:
             reused += 1
         rows.append(row)
@@ -223,6 +228,20 @@ def in_cell(watch: Watch, done: int, cells: int, what: str) -> Callable[[int, in
     return lambda round, rounds: watch(Step(done, cells, what, round=round, rounds=rounds))
 
 
+def encoding_steps(watch: Watch) -> Callable[[str, int, int], None]:
+    """What is called with (name, images done, all) while images are encoded: a :class:`Step` with images a second."""
+
+    def tell(far: Encoded) -> None:
+        watch(Step(0, 1, f"encoding {far.name}", round=far.done, rounds=far.count, note=far.counted))
+
+    paces: dict[str, Progress] = {}
+
+    def show(name: str, done: int, count: int) -> None:
+        paces.setdefault(name, pace(tell, name, every=0))(done, count)
+
+    return show
+
+
 def among(watch: Watch, before: int, cells: int) -> Watch:
     """Steps of some cells as steps of all ``cells``, of which ``before`` are done already."""
     return lambda step: watch(replace(step, done=before + step.done, cells=cells))
@@ -244,7 +263,7 @@ def write_row(out: Path, key: str, row: Mapping[str, Any]) -> None:
     write_whole(out / "cells" / f"{key}.json", json.dumps(kept, indent=1).encode())
 
 
-def _run(out: Path, source: Source, cell: Cell, *, watch: Callable[[int, int], None]) -> dict[str, Any]:
+def _run(out: Path, source: Source, cell: Cell, *, at: Step, watch: Watch) -> dict[str, Any]:
     """One cell; its report first, its result last."""
     from fedsecure.privacy.report import network_report
 
@@ -252,7 +271,13 @@ def _run(out: Path, source: Source, cell: Cell, *, watch: Callable[[int, int], N
     shutil.rmtree(work, ignore_errors=True)
     try:
         placed = source.place(make_folder(work), cell.variant, cell.settings)
-        ended = run_in_memory(placed.federation, placed.sites, seed=cell.variant.seed, watch=watch)
+        ended = run_in_memory(
+            placed.federation,
+            placed.sites,
+            seed=cell.variant.seed,
+            watch=lambda round, rounds: watch(replace(at, round=round, rounds=rounds)),
+            encoding=lambda far: watch(replace(at, note=f"encoding {far.counted}")),
+        )
         report = network_report(list(ended.reports.values()))
         row = {**_row(cell, report, placed.class_counts), "bytes_up": max(ended.bytes_up.values())}
         row["wall_seconds"] = round(ended.wall_seconds, 2)

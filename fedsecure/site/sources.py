@@ -164,7 +164,7 @@ class Sources:
                     cap=privacy.max_records_per_unit,
                     max_units=self._declared(population),
                     key=self.ledger.key,
-                    progress=pace(lambda line: self.progress(Moment(line)), section.name),
+                    progress=pace(lambda far: self.progress(Moment(str(far))), section.name),
                     views=member.settings.method.views if population == "train" else 1,
                 )
                 self._loaded[population] = given, units

@@ -38,7 +38,14 @@ def rows() -> list[dict[str, Any]]:
 
 
 def table(**changes: Any) -> Any:
-    facts = {"slug": "some", "label": ("method",), "pairs": (("facmic", "linear"),), "columns": None, "lines": None}
+    facts = {
+        "slug": "some",
+        "label": ("method",),
+        "pairs": (("facmic", "linear"),),
+        "columns": None,
+        "compared": (),
+        "lines": None,
+    }
     return SimpleNamespace(**{**facts, **changes})
 
 
@@ -63,6 +70,21 @@ def test_scores_side_by_side(page: ModuleType) -> None:
     given = [{**row, "other": 0.5} for row in rows()]
     lines = page.render(table(columns={"all": "accuracy", "own": "other", "none": "missing"}), given).splitlines()
     assert lines[5] == "| linear head | 1 | 61.0 ± 1.0 | 50.0 ± 0.0 | – | 3 |"
+
+
+def test_scores_side_by_side_are_compared_by_seed_below(page: ModuleType) -> None:
+    """Differences −2, −1 and −3 of one score, and of the other only at the seed where both have it."""
+    given = [{**row, "own": 0.5 + (row["method"] == "facmic") / 4} for row in rows()]
+    given = [{**row, "own": None} if row["seed"] else row for row in given]
+    scores = {"all": "accuracy", "balanced": "accuracy", "own": "own"}
+    lines = page.render(table(columns=scores, compared=("all", "own")), given).splitlines()
+    assert lines[8:] == [
+        "",
+        "| difference by seed, 95 % | ε | all | own |",
+        "|---|---|---|---|",
+        "| attention module minus linear head | 1 | −2.0 (−4.5 to +0.5) | +25.0 (n = 1) |",
+    ]
+    assert "difference by seed" not in page.render(table(columns=scores, pairs=()), given)
 
 
 def test_only_the_place_of_a_table_changes(page: ModuleType, tmp_path: Path) -> None:

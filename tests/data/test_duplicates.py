@@ -10,7 +10,7 @@ from PIL import Image
 
 from fedsecure.config import DatasetConfig
 from fedsecure.data.dataset import Dataset
-from fedsecure.data.duplicates import difference_hash, find_duplicates
+from fedsecure.data.duplicates import Place, difference_hash, find_duplicates, pairs_alike
 from fedsecure.data.loading import from_arrays, open_dataset
 from fedsecure.errors import DataError
 
@@ -70,6 +70,35 @@ def test_a_re_encoded_copy_looks_alike_but_is_not_equal(tmp_path: Path, sites: d
     assert [(near.first.site, near.second.site) for near in overlap.near] == [("b", "c")]
     assert overlap.near[0].bits <= 4
     assert all(place.site != "c" for group in overlap.groups for place in group.places)
+
+
+def test_pictures_without_an_edge_look_like_nothing(tmp_path: Path) -> None:
+    """Black slices of different size would otherwise pair with one another, every one with every other."""
+    for number, site in enumerate(("one", "two")):
+        save(tmp_path / site / "cat", np.zeros((40 + number, 40), np.uint8), picture(number))
+    sites = {
+        name: open_dataset(DatasetConfig(name=name, path=tmp_path / name), classes=("cat",)) for name in ("one", "two")
+    }
+    assert find_duplicates(sites, near_bits=1).near == ()
+
+
+def test_many_pictures_are_paired_block_by_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a plain comparison of every two does, and pairs within one site are left out."""
+    draws = np.random.default_rng(0)
+    hashes = [int(h) for h in draws.integers(1, 1 << 6, 90)]
+    looks = [(Place("ab"[i % 2], i, f"{i:02}"), look) for i, look in enumerate(hashes)]
+    expected = {
+        (i, j, (hashes[i] ^ hashes[j]).bit_count())
+        for i in range(90)
+        for j in range(i + 1, 90)
+        if (i - j) % 2 and (hashes[i] ^ hashes[j]).bit_count() <= 1
+    }
+    for block in (1, 7 * 90, 1 << 19):
+        monkeypatch.setattr("fedsecure.data.duplicates._PAIRS", block)
+        found = [(near.first.index, near.second.index, near.bits) for near in pairs_alike(looks, 1)]
+        assert set(found) == expected
+        assert len(found) == len(expected) > 100
+        assert [bits for *_, bits in found] == sorted(bits for *_, bits in found), "most alike first"
 
 
 def test_the_hash_sees_light_and_not_size() -> None:

@@ -16,7 +16,7 @@ from fedsecure.data.dataset import Dataset, Subset
 from fedsecure.data.loading import from_arrays
 from fedsecure.data.phantoms import CLASSES, SITES, generate
 from fedsecure.errors import DataError, EnvironmentProblem
-from fedsecure.learning.encoding import encode_dataset, pace
+from fedsecure.learning.encoding import Encoded, encode_dataset, pace
 from fedsecure.vision.cache import FeatureCache
 from fedsecure.vision.encoder import Encoder, load_encoder
 
@@ -174,18 +174,39 @@ def test_unusable_folder(tmp_path: Path) -> None:
 def test_the_pace_is_told_now_and_then_and_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([0.0, 1.0, 3.0, 3.5, 4.0])
     monkeypatch.setattr("fedsecure.learning.encoding.time.monotonic", lambda: next(clock))
-    said: list[str] = []
-    watch = pace(said.append, "scans")
+    told: list[Encoded] = []
+    watch = pace(told.append, "scans")
     for done in (100, 150, 250, 260, 500):
         watch(done, 500)
-    assert said == [
-        "encoding scans: 250 of 500 images, 50 a second",
-        "encoding scans: 500 of 500 images, 100 a second",
+    assert list(map(str, told)) == [
+        "encoding scans: 250/500 images, 50/s",
+        "encoding scans: 500/500 images, 100/s",
     ]
 
 
+def test_every_pass_over_images_has_a_pace_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a second view of the same scans, or another set with the same name, some of it known before."""
+    clock = iter([0.0, 1.0, 10.0, 12.0, 20.0, 21.0])
+    monkeypatch.setattr("fedsecure.learning.encoding.time.monotonic", lambda: next(clock))
+    told: list[Encoded] = []
+    watch = pace(told.append, "scans", every=0)
+    for done, count in ((0, 50), (50, 50), (0, 50), (50, 50), (80, 100), (100, 100)):
+        watch(done, count)
+    assert [(far.done, far.rate) for far in told] == [(50, 50), (50, 25), (100, 20)]
+
+
+@pytest.mark.parametrize("rate", [0.25, 7.5, 87.654, 2345.6])
+def test_a_line_of_the_pace_can_be_read_again(rate: float) -> None:
+    far = Encoded("scans: new, 2", 1_500, 20_000, rate)
+    again = Encoded.read(f"{far}\n")
+    assert again is not None
+    assert (again.name, again.done, again.count) == (far.name, far.done, far.count)
+    assert again.rate == pytest.approx(rate, rel=0.005)
+    assert Encoded.read("joined brain-tumour") is None
+
+
 def test_nothing_is_said_where_everything_is_known() -> None:
-    said: list[str] = []
+    said: list[Encoded] = []
     pace(said.append, "scans")(7, 7)
     assert not said
 

@@ -15,7 +15,7 @@ from fedsecure.data.loading import open_dataset
 from fedsecure.data.phantoms import CLASSES, write_federation
 from fedsecure.errors import ConfigError, EnvironmentProblem, ModelError
 from fedsecure.learning.artefact import load_adapter
-from fedsecure.learning.encoding import encode_dataset
+from fedsecure.learning.encoding import Encoded, encode_dataset
 from fedsecure.learning.inference import evaluate_dataset, predict_images
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.messages import SiteState
@@ -71,7 +71,12 @@ def whole_run(
         plans[name] = SitePlan(train=train, evaluation=test, policy=PolicyConfig(unit="record", **policy))
     made = lay_out(folder, settings, sites=plans, listen="memory:0", hosts=("localhost",))
     sites = {name: load(path, SiteConfig) for name, path in made.sites.items()}
-    return run_in_memory(load(made.federation, FederationConfig), sites, seed=None, watch=lambda *_: None), sites
+    encoded: list[Encoded] = []
+    ended = run_in_memory(
+        load(made.federation, FederationConfig), sites, seed=None, watch=lambda *_: None, encoding=encoded.append
+    )
+    assert any(far.name == f"{min(SITES)}-train" and far.done == far.count for far in encoded)
+    return ended, sites
 
 
 @pytest.mark.slow
