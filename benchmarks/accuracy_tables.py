@@ -203,6 +203,7 @@ def tables(data: Path, out: Path) -> list[Table]:
             columns={
                 f"{half}{clean}": f"accuracy {half}{clean}" for half in ("seen", "unseen") for clean in ("", ", clean")
             },
+            pairs=(("facmic-aligned", "facmic"),),
         ),
         Table(
             "ucf101-baselines",
