@@ -36,7 +36,7 @@ from fedsecure.learning.task import HeadTask
 from fedsecure.learning.training import suggest
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.learning.views import Viewed
-from fedsecure.methods.facmic import FREQUENCIES, prototypes_of
+from fedsecure.methods.facmic import FREQUENCIES, normalising, prototypes_of
 from fedsecure.simulation.folders import divide_folders
 from fedsecure.simulation.simulate import Step
 from fedsecure.vision.cache import FeatureCache
@@ -162,7 +162,7 @@ class Alignment:
         task, rate = _task(self.kind, encoder, tuple(CLASSES), len(units), noise)
         if change == PUBLIC:
             # Its rates are LayerNorm's.
-            task = replace(task, spec=replace(task.spec, kind="facmic_plain"), public=target)
+            task = replace(task, spec=replace(task.spec, kind="facmic_plain"), public=normalising(target))
         tensors: Mapping[str, Any] = task.spec.initial(seed=b"study")
         if change != UNTRAINED:
             tensors = self._trained(change, task, units, target, rate=rate, noise=noise, seed=fold)

@@ -57,9 +57,10 @@ from fedsecure.simulation.tables import write_results
 
 # Private rows: the installed method, and what is set of [method.clip2fl]; the others are what it is compared with.
 FORMS: dict[str, tuple[str, dict[str, Any]]] = {
-    "private-creff": ("clip2fl", {"distillation": 0.0, "contrast": 0.0}),
+    "private-fedavg": ("clip2fl", {"distillation": 0.0, "releases": 0}),
+    "private-creff": ("clip2fl", {"distillation": 0.0, "contrast": 0.0, "start": "noise"}),
     "private-fedavg-distilled": ("clip2fl", {"releases": 0}),
-    "private-creff-distilled": ("clip2fl", {"contrast": 0.0}),
+    "private-creff-distilled": ("clip2fl", {"contrast": 0.0, "start": "noise"}),
     "clip2fl": ("clip2fl", {}),
 }
 INSTALLED = ("linear", "prototypes", *FORMS)
@@ -106,7 +107,7 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--private-student",
         choices=("linear", "features", "resnet8"),
-        help="of the method clip2fl; default: --students",
+        help="of clip2fl and its private baselines; default: --students",
     )
     parser.add_argument("--private-rounds", type=int, help="of the private methods")
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
@@ -152,6 +153,10 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     settings = Settings(**{one.name: getattr(options, one.name) for one in fields(Settings)})
     if options.seeds < 1:
         raise ConfigError("FS-1010", f"--seeds {options.seeds}", expected="at least 1", cure="leave it out for 3")
+    if published:
+        from fedsecure.learning.modules import resolve_device
+
+        resolve_device(options.device)
     with simulation_progress(live=True) as watch:
         tails = prepare(options, watch)
         for name in published:
@@ -298,7 +303,7 @@ def write(
         flat,
         heading=heading(options, tail, diverged),
         columns=[column for column in columns if any(row[column] is not None for row in flat)],
-        extra=[*columns, "best round"],
+        extra=[*columns, "best round", "device"],
     )
 
 

@@ -155,6 +155,14 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
             expected="--target, --transductive or --halves, whose images it takes the statistics of",
             cure="name them, or leave --normalisation out",
         )
+    by_itself = f"{alone.PREFIX}facmic"
+    if options.normalisation != "layer" and by_itself in names:
+        raise ConfigError(
+            "FS-1010",
+            f"method {by_itself} with --normalisation {options.normalisation}",
+            expected="LayerNorm where a site trains by itself",
+            cure="leave the option or the method out",
+        )
     references = tuple(name for name in names if name in reference.NAMES)
     if references:
         reference.check_consent(math.inf if math.inf in epsilons else min(epsilons), options.no_privacy)
@@ -420,12 +428,14 @@ def further(row: dict[str, Any]) -> dict[str, Any]:
 def heading(options: argparse.Namespace, zero: dict[str, Any]) -> str:
     given = " ".join(["python examples/facmic.py", *sys.argv[1:]])
     shown = ", ".join(f"{name} {100 * s['accuracy']:.1f} % of {s['records']}" for name, s in zero.items())
+    seen = options.normalisation == "public" and (options.transductive or options.halves)
     return (
         f"# FACMIC, {(options.data or options.features).name}\n\n"
         f"`{given}`, {datetime.now(UTC).date()}, {os.cpu_count()} cores, {platform.machine()}.\n"
         f"Plain zero-shot CLIP: {shown}. {REPORTED}\n"
         "Means ± standard deviation over seeds. The reference is not private, and ε = ∞ of a private method is a run\n"
         "with a token of noise. Last round throughout; the best round is chosen on the test set and no fair estimate.\n"
+        + ("facmic is transductive too: test images normalise its hidden layer.\n" if seen else "")
     )
 
 

@@ -67,8 +67,8 @@ class FacmicConfig(Section):
 
     Attributes:
         normalisation: of the module's hidden layer: ``"layer"``: by mean and variance of a record's own coordinates;
-            ``"public"``: by mean and variance of each coordinate over the images of ``alignment.target`` under the
-            round's W1 and b1; ``"none"``: by nothing, scale and shift alone.
+            ``"public"``: by mean and variance of each coordinate over at most 256 images of ``alignment.target`` under
+            the step's W1 and b1; ``"none"``: by nothing, scale and shift alone.
     """
 
     normalisation: Literal["layer", "public", "none"] = "layer"

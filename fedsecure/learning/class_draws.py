@@ -8,7 +8,7 @@ over all draws is the class's gradient. None of it is private: a class of few im
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -38,20 +38,19 @@ class ClassDraws:
                 "FS-1694", f"{self}", expected="at least one draw of one image", cure="leave the draws as released"
             )
 
-    def __call__(self, inputs: Tensor, labels: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
-        """Drawn images and their labels, class by class: (n′, 3, h, w) and (n′,) of (n, 3, h, w) and (n,).
+    def __call__(self, inputs: Tensor, labels: Tensor, *, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Drawn images and their labels, (n′, 3, h, w) and (n′,), a class after the other, of (n, 3, h, w) and (n,).
 
         All draws of a class are of one size, so that the mean over its rows is the mean over its draws.
         """
         generator = torch.Generator().manual_seed(seed)
-        images, drawn = [], []
         for label in torch.unique(labels):
             mine = torch.nonzero(labels == label)[:, 0]
-            for _ in range(self.repeats):
-                rows = mine[torch.randperm(len(mine), generator=generator)[: self.most].to(mine.device)]
-                images.append(siamese(inputs[rows], generator))
-                drawn.append(labels[rows])
-        return torch.cat(images), torch.cat(drawn)
+            draws = [
+                mine[torch.randperm(len(mine), generator=generator)[: self.most].to(mine.device)]
+                for _ in range(self.repeats)
+            ]
+            yield torch.cat([siamese(inputs[rows], generator) for rows in draws]), labels[torch.cat(draws)]
 
 
 def siamese(images: Tensor, generator: torch.Generator) -> Tensor:

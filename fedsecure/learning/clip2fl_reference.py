@@ -9,7 +9,7 @@ is that record's feature: whoever trains with this must have said that the run i
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -317,11 +317,12 @@ def mean_gradients(
     """
     total, holders = np.zeros(layout.shape), np.zeros(layout.classes)
     for place, site in enumerate(sites):
-        inputs, known = site.inputs, site.labels
-        if draws is not None and inputs.ndim == 4:
-            inputs, known = draws(inputs, known, seed=1000 * seed + place)
-        labels = known.cpu().numpy()[:, None]
-        units = UnitFeatures(features_of(student, inputs)[:, None], labels, np.ones_like(labels, bool))
+        shown: Iterable[tuple[Tensor, Tensor]] = [(site.inputs, site.labels)]
+        if draws is not None and site.inputs.ndim == 4:
+            shown = draws(site.inputs, site.labels, seed=1000 * seed + place)
+        parts = [(features_of(student, inputs), known.cpu().numpy()) for inputs, known in shown]
+        features, labels = (np.concatenate(column)[:, None] for column in zip(*parts, strict=True))
+        units = UnitFeatures(features, labels, np.ones_like(labels, bool))
         sums = class_gradient_sum(units.features, units, classifier, layout).reshape(layout.shape)
         counts = np.bincount(labels[:, 0], minlength=layout.classes)
         total += sums / np.maximum(counts, 1)[:, None, None]

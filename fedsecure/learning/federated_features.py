@@ -167,9 +167,17 @@ def _matching_of(
 
 def _in_blocks(classes: int, work: Callable[[slice], _Result]) -> list[_Result]:
     """Of all classes, some at a time and a thread a core: numpy computes outside the interpreter's lock."""
+
+    state = np.geterr()
+
+    def as_here(some: slice) -> _Result:
+        # A thread has error states of its own.
+        with np.errstate(**state):
+            return work(some)
+
     blocks = [slice(start, min(start + _BLOCK, classes)) for start in range(0, classes, _BLOCK)]
     with ThreadPoolExecutor(min(cores(), len(blocks))) as pool:
-        return list(pool.map(work, blocks))
+        return list(pool.map(as_here, blocks))
 
 
 def _over_classes(features: Floats, work: _OfClasses) -> tuple[float, Floats]:
@@ -362,12 +370,14 @@ def find_features(
     features = np.array(start, np.float32)
     match = _matching_of(features, classifier, target, layout, cosine=matching.cosine, clear=clear, basis=basis)
     pull = _contrast_of(features, text, contrast) if contrast is not None and text is not None else None
-    if contrast is None or contrast.negatives == "text":
-        # No class sees another one's features: each block goes all the way by itself, in the cache of its core.
-        traces = _in_blocks(len(features), lambda some: _descend(features[some], some, match, pull, matching))
-    else:
-        whole = slice(0, len(features))
-        traces = [_descend(features, whole, lambda rows, _: _over_classes(rows, match), pull, matching)]
+    # What goes to infinity is refused at the end.
+    with np.errstate(all="ignore"):
+        if contrast is None or contrast.negatives == "text":
+            # No class sees another one's features: each block goes all the way by itself, in the cache of its core.
+            traces = _in_blocks(len(features), lambda some: _descend(features[some], some, match, pull, matching))
+        else:
+            whole = slice(0, len(features))
+            traces = [_descend(features, whole, lambda rows, _: _over_classes(rows, match), pull, matching)]
     check_features(features, classifier)
     first, last, squares = np.sum([(trace.first, trace.last, trace.moved) for trace in traces], axis=0).tolist()
     return Found(features, (first[0], last[0]), (first[1], last[1]), math.sqrt(squares[0]), math.sqrt(squares[1]))
@@ -389,9 +399,7 @@ def _descend(features: Float32, some: slice, match: _OfClasses, pull: _OfClasses
     moves = np.zeros((2, *features.shape), np.float32)
     losses = np.zeros((how.steps + 1, 2))
     for step in range(how.steps + 1):
-        # What goes to infinity is refused at the end.
-        with np.errstate(all="ignore"):
-            found = [term(features, some) for term in terms]
+        found = [term(features, some) for term in terms]
         losses[step, : len(terms)] = [loss for loss, _ in found]
         if step == how.steps:
             break

@@ -205,7 +205,7 @@ class Scaling(nn.Module):
 
 
 class PlainAttention(AttentionModule):
-    """FACMIC's feature attention with γ ⊙ (h − μ)/σ + β: μ and σ are constants of the round, or 0 and 1."""
+    """FACMIC's feature attention with γ ⊙ (h − μ)/σ + β: μ and σ are constants of the step, or 0 and 1."""
 
     norm_layer = Scaling
     mean: Tensor

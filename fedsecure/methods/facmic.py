@@ -40,6 +40,8 @@ PURPOSE = "class prototypes"
 SOURCE = "alignment.source"
 _ALIGNED = "aligned"
 FREQUENCIES = 128
+# Public images that normalise: so many are enough for means and variances, and each step passes them through W1.
+NORMALISING = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +155,7 @@ class Facmic(AdapterDescent):
     def task(self, settings: RunSettings, features: SiteFeatures) -> HeadTask:
         task = AdapterDescent.task(self, settings, features)
         public = settings.method.facmic.normalisation == "public"
-        return replace(task, public=_target_of(features)) if public else task
+        return replace(task, public=normalising(_target_of(features))) if public else task
 
     def plan(self, settings: RunSettings, cohort: Cohort) -> PrivacyPlan:
         """As :meth:`AdapterDescent.plan`; also ConfigError FS-1023, normalisation by a target that there is not."""
@@ -201,6 +203,14 @@ def prototypes_of(values: Vector, layout: Moments, *, noise: float) -> Float32:
 def _target_of(features: SiteFeatures) -> Float32:
     assert features.target is not None, "settings that use a target name one, which is read at joining"
     return features.target
+
+
+def normalising(target: Float32) -> Float32:
+    """The public images that normalise, of (m, d) a target's: at most ``NORMALISING``, evenly spaced, the same for
+    all."""
+    if len(target) <= NORMALISING:
+        return target
+    return target[np.linspace(0, len(target) - 1, NORMALISING).astype(np.int64)]
 
 
 def _frequencies(settings: RunSettings, task: HeadTask, features: SiteFeatures) -> Vector:

@@ -83,7 +83,7 @@ class Settings:
         width, norm, projection: of ResNet-8; projection 0 is the teacher's width, which CLIP2FL needs, and CReFF's own
             program has 256.
         rounds, online, epochs, batch, rate: the schedule.
-        bfloat16: precision of training's forward passes; float32 otherwise.
+        bfloat16: precision of training's forward passes; float32 otherwise (a GPU may take TF32 in convolutions).
         strength, temperature: of distillation, β and T.
         last, each: rounds in which the side branch runs, and federated features a class.
         class_gradients: ``full`` as published, or ``diagonal``: each class's own row.
@@ -259,6 +259,7 @@ def run_published(
         elif name == "ccvr":
             beside = classes * (1 + width + width**2)
         row |= {"rounds": settings.rounds, "bytes_up": sent * settings.rounds + 4 * beside, "cell": key}
+        row["device"] = sites[0].inputs.device.type
         row["moved"] = getattr(branches.get(name), "moved", [])
         row |= over_rounds(curves[name])
         row["wall_seconds"] = round(time.monotonic() - begun, 2)

@@ -272,11 +272,15 @@ def test_blocks_of_classes_descend_as_all_together_do(monkeypatch, negatives):
     assert found.contrast[1] == pytest.approx(last, rel=1e-4)
 
 
-def test_features_that_go_to_infinity_are_refused():
+@pytest.mark.parametrize("negatives", ["text", "features", None])
+def test_features_that_go_to_infinity_are_refused(negatives):
     layout, start = ClassGradients(K, D), np.full((K, M, D), 1e38, np.float32)
-    far = np.full(layout.length, 1.0)
+    contrast = None if negatives is None else PrototypeContrast(strength=1.0, negatives=negatives)
     with pytest.raises(ModelError, match="FS-1681"):
-        find_features(start, Classifier.zero(K, D), far, layout, matching=Matching(steps=3, rate=1e38))
+        find_features(
+            start, Classifier.zero(K, D), np.full(layout.length, 1.0), layout,
+            matching=Matching(steps=3, rate=1e38), contrast=contrast, text=np.eye(K, D),
+        )  # fmt: skip
 
 
 def test_memory_does_not_grow_with_the_square_of_the_features():

@@ -21,7 +21,7 @@ from fedsecure.learning.targets import read_target, write_target
 from fedsecure.messages import Answer, SiteState
 from fedsecure.methods.cohorts import cohort_of
 from fedsecure.methods.constants import run_constants
-from fedsecure.methods.facmic import Facmic
+from fedsecure.methods.facmic import Facmic, normalising
 from fedsecure.methods.registry import load_training_method
 from tests.federation_world import World
 
@@ -170,3 +170,12 @@ def test_one_image_has_no_variance(tmp_path: Path) -> None:
     file.write_bytes(raw)
     with pytest.raises(ModelError, match=r"FS-1676.*two rows or more"):
         read_target(file, digest=hashlib.sha256(raw).hexdigest(), fingerprint="ab" * 32, dimension=5)
+
+
+def test_of_a_large_target_a_fixed_part_normalises() -> None:
+    rows = np.arange(3 * 1000, dtype=np.float32).reshape(1000, 3)
+    chosen = normalising(rows)
+    assert chosen.shape == (256, 3)
+    assert chosen[[0, -1], 0].tolist() == [0, 2997]
+    assert set(np.diff(chosen[:, 0]) / 3) <= {3, 4}
+    assert np.array_equal(normalising(rows[:256]), rows[:256])

@@ -16,6 +16,8 @@ from PIL import Image
 
 from fedsecure.data.longtail import long_tail_counts
 from fedsecure.errors import ConfigError, DataError, FedsecureError, PrivacyError
+from fedsecure.learning.class_draws import ClassDraws
+from fedsecure.learning.clip2fl_reference import Retrained
 from fedsecure.simulation import clip2fl
 from fedsecure.simulation.clip2fl import NAMES, TRUNK_OF, Settings, over_rounds, run_published
 from fedsecure.simulation.folders import Part
@@ -178,6 +180,21 @@ def test_a_method_that_diverges_costs_no_other_its_row(
     assert said in capsys.readouterr().out
 
 
+def test_a_classs_images_are_drawn_as_released_or_taken_all(file: Path) -> None:
+    for chosen, draws in (("draws", ClassDraws()), ("all", None)):
+        branch = clip2fl._branch("creff", tail_of(file), replace(QUICK, class_images=chosen), 0)  # type: ignore[arg-type]
+        assert isinstance(branch, Retrained)
+        assert branch.draws == draws
+
+
+def test_a_device_that_there_is_not_is_refused_before_anything_is_read(
+    example: ModuleType, tmp_path: Path, capsys: Any
+) -> None:
+    given = ["--data", str(tmp_path / "none"), "--epsilon", "inf", "--method", "fedavg", "--out", str(tmp_path / "out")]
+    assert example.main([*given, "--device", "abacus"]) == 1
+    assert "FS-1639" in capsys.readouterr().err
+
+
 def test_the_last_rounds_and_the_best_are_told_apart() -> None:
     def at(round: int, test: float, public: float | None = None) -> dict[str, Any]:
         scores = {"all": test, "few": None}
@@ -198,7 +215,7 @@ def test_every_published_method_in_one_command_that_resumes(
 ) -> None:
     out = tmp_path / "out"
     given = ["--features", str(file), "--train", "train,val", "--out", str(out), "--epsilon", "inf", *SHORT]
-    given += ["--method", ",".join(NAMES)]
+    given += ["--method", ",".join(NAMES), "--device", "cpu"]
     assert example.main(given) == 0
     with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
@@ -208,6 +225,7 @@ def test_every_published_method_in_one_command_that_resumes(
             assert 0 <= float(row[column]) <= 1
         # The test set is balanced.
         assert float(row["all"]) == pytest.approx(float(row["accuracy"]))
+        assert row["device"] == ("" if row["method"] == "zero-shot" else "cpu")
         # CCVR calibrates once, and the branch looks on in the last round of two.
         rounds = {"zero-shot": 0, "ccvr": 0, "fedavg": 2, "tau-norm": 2}.get(row["method"])
         if rounds is not None:
@@ -269,6 +287,9 @@ def test_the_private_form_of_clip2fl(example: ModuleType, file: Path, tmp_path: 
     assert {row["method"] for row in others} == set(forms)
     # Without the branch nothing is sent but the student.
     sent = {row["method"]: float(row["bytes_up"]) for row in others}
+    assert sent["private-fedavg"] == sent["private-fedavg-distilled"]
+    # Each form is a federation of its own.
+    assert len({row["cell"] for row in (private, *others) if row["epsilon"] == "8.0"}) == 1 + len(forms)
     assert sent["private-fedavg-distilled"] < sent["private-creff"] == float(private["bytes_up"])
     assert float(private["epsilon_spent"]) <= 8
     assert (private["epsilon"], token["epsilon"]) == ("8.0", "inf")

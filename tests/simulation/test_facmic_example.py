@@ -117,6 +117,7 @@ def test_a_feature_file(example: ModuleType, tmp_path: Path) -> None:
         (("--epsilon", "8,-1"), "FS-1003"),
         (("--method", "facmic-aligned"), "FS-1010"),
         (("--method", "facmic", "--normalisation", "public"), "FS-1010"),
+        (("--method", "local-only-facmic", "--normalisation", "none"), "FS-1010"),
     ],
 )
 def test_bad_requests_leave_no_results(
