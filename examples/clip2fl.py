@@ -137,13 +137,18 @@ def chosen_methods(options: argparse.Namespace, epsilons: Sequence[float]) -> tu
     for name in names:
         if name not in published:
             try:
-                load_training_method(FORMS.get(name, (name, {}))[0])
+                load_training_method(form_of(name)[0])
             except ConfigError:
                 if options.method is not None:
                     raise
                 continue
             private.append(name)
     return tuple(private), published
+
+
+def form_of(name: str) -> tuple[str, dict[str, Any]]:
+    """The installed method behind a private row, and what is set of ``[method.clip2fl]``."""
+    return FORMS.get(name, (name, {}))
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
@@ -256,7 +261,7 @@ def run_privately(
 ) -> list[dict[str, Any]]:
     """Rows of a private method on a seed's records, each a whole run of ``fedsecure simulate``."""
     folder = options.out / "private" / name / f"seed-{seed}"
-    method, form = FORMS.get(name, (name, {}))
+    method, form = form_of(name)
     student = options.private_student or options.students if method == "clip2fl" else "linear"
     how: Any = {"method": method, "delta": options.delta, "settings": {"clip2fl": {"student": student, **form}}}
     if student == "resnet8":

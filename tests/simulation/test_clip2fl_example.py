@@ -195,6 +195,21 @@ def test_a_device_that_there_is_not_is_refused_before_anything_is_read(
     assert "FS-1639" in capsys.readouterr().err
 
 
+def test_the_device_reaches_the_training(
+    example: ModuleType, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(example, "run_published", lambda *_, device, **__: asked.append(device) or [])
+    options = example.arguments(
+        ["--features", str(file), "--out", str(tmp_path), "--epsilon", "inf", "--device", "cuda:7"]
+    )
+    rows = example.run_all_published(
+        options, tail_of(file), ("fedavg", "fedprox"), QUICK, seed=0, watch=lambda _: None, diverged=lambda _: None
+    )
+    assert list(rows) == []
+    assert asked == ["cuda:7", "cuda:7"]
+
+
 def test_the_last_rounds_and_the_best_are_told_apart() -> None:
     def at(round: int, test: float, public: float | None = None) -> dict[str, Any]:
         scores = {"all": test, "few": None}
