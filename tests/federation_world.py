@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch  # noqa: F401 -- here, since a first import in a site's thread fails by chance (simulation.memory)
+import numpy.ma  # and torch: a first import in a thread of a site fails by chance (simulation.memory)
+import torch  # noqa: F401
 
 from fedsecure.aggregator.coordinator import Coordinator
 from fedsecure.aggregator.database import Database

@@ -6,14 +6,15 @@ Headers are read without the arrays; sizes are checked before anything is alloca
 from __future__ import annotations
 
 import hashlib
-import threading
+import math
+import re
 import zipfile
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -35,9 +36,13 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 MAX_ARRAY_BYTES = 8 * 1024**3
-# NumPy reads headers with `ast`, in which CPython 3.11 takes one thread's depth for another's (gh-106905) and fails by
-# chance; the sites of a simulation are threads.
-_PARSING = threading.Lock()
+MAX_HEADER_BYTES = 10_000
+# What NumPy writes before an array of numbers or strings. NumPy itself reads it with `ast`, which in CPython 3.11 fails
+# by chance while another thread is in it (gh-106905), be it to print a traceback.
+_HEADER = re.compile(
+    rb"\{'descr': '([<>|]\w+(?:\[\w+\])?)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
+)
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +70,11 @@ class FeatureHeader:
 class _Shape:
     shape: tuple[int, ...]
     dtype: np.dtype[Any]
+    order: Literal["C", "F"]
+
+    @property
+    def bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape)
 
 
 def read_feature_header(path: Path | str) -> FeatureHeader:
@@ -231,16 +241,23 @@ _FAULTS = (OSError, zipfile.BadZipFile, zlib.error, ValueError, EOFError, KeyErr
 
 
 def _header(stream: IO[bytes]) -> _Shape:
+    """The header of one array (NumPy's NEP 1, versions 1.0 and 2.0); the stream stands at the array's bytes then."""
     version = np.lib.format.read_magic(stream)
-    if version == (1, 0):
-        shape, _, dtype = np.lib.format.read_array_header_1_0(stream)
-    elif version == (2, 0):
-        shape, _, dtype = np.lib.format.read_array_header_2_0(stream)
-    else:
+    if version not in ((1, 0), (2, 0)):
         raise ValueError(f"npy version {version}")
+    length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
+    found = _HEADER.fullmatch(stream.read(length)) if length <= MAX_HEADER_BYTES else None
+    if found is None:
+        raise ValueError("an array is not of numbers or strings alone")
+    descr, fortran, extents = (part.decode() for part in found.groups())
+    try:
+        dtype = np.dtype(descr)
+    except TypeError as error:
+        raise ValueError(f"an array is of type {descr!r}") from error
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
-    return _Shape(shape=tuple(shape), dtype=dtype)
+    shape = tuple(int(extent) for extent in extents.split(",") if extent.strip())
+    return _Shape(shape=shape, dtype=dtype, order="F" if fortran == "True" else "C")
 
 
 def _shapes(file: Path) -> dict[str, _Shape]:
@@ -249,19 +266,16 @@ def _shapes(file: Path) -> dict[str, _Shape]:
     try:
         with zipfile.ZipFile(file) as archive:
             for info in archive.infolist():
-                with archive.open(info) as stream, _PARSING:
+                with archive.open(info) as stream:
                     held = _header(stream)
-                size = held.dtype.itemsize
-                for extent in held.shape:
-                    size *= extent
-                if size > MAX_ARRAY_BYTES:
+                if held.bytes > MAX_ARRAY_BYTES:
                     raise DataError(
                         "FS-1117",
-                        f"{file}: array {info.filename!r} declares {size} bytes",
+                        f"{file}: array {info.filename!r} declares {held.bytes} bytes",
                         expected=f"at most {MAX_ARRAY_BYTES} bytes an array",
                         cure="split the file by site",
                     )
-                if size > info.file_size:
+                if held.bytes > info.file_size:
                     raise ValueError(f"{info.filename} is shorter than its header says")
                 found[info.filename.removesuffix(".npy")] = held
     except _FAULTS as error:
@@ -270,8 +284,16 @@ def _shapes(file: Path) -> dict[str, _Shape]:
 
 
 def _read(file: Path, key: str) -> npt.NDArray[Any]:
+    """One array whose header :func:`_shapes` has let pass."""
     try:
-        with np.load(file, allow_pickle=False) as archive, _PARSING:
-            return np.asarray(archive[key])
+        with zipfile.ZipFile(file) as archive, archive.open(f"{key}.npy") as stream:
+            held = _header(stream)
+            content = bytearray()
+            while len(content) < held.bytes:
+                part = stream.read(min(_CHUNK, held.bytes - len(content)))
+                if not part:
+                    raise EOFError(f"array {key!r} is shorter than its header says")
+                content += part
+            return np.ndarray(held.shape, held.dtype, buffer=content, order=held.order)
     except _FAULTS as error:
         raise _broken(file, error) from error

@@ -117,14 +117,15 @@ def run_in_memory(
             errors.append(error)
             failed.set()
 
-    # They read signatures with `ast` while they are imported, which two threads cannot do at once (data.features).
+    # They read signatures with `ast` while they are imported, which two threads cannot do at once (data.features);
+    # NumPy's masked arrays come with the first `numpy.unique`.
     modules = ["torch"]
     if config.encoder.model != "features":
         modules += ["open_clip", "opacus"]
     elif any(site.engine == "opacus" for site in sites.values()):
         modules += ["opacus"]
     require(*modules)
-    for module in modules:
+    for module in ("numpy.ma", *modules):
         import_module(module)
     begun = time.monotonic()
     threads = [threading.Thread(target=take_part, args=(site,), name=site, daemon=True) for site in sorted(sites)]
