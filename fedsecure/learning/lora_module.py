@@ -128,6 +128,7 @@ def lora_task(network: Any, *, spec: TowerSpec, head: HeadTask) -> TowerTask:
         spec=spec,
         head=head,
         chunk=_IMAGES,
+        single=True,
     )
 
 

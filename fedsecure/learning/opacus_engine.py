@@ -1,7 +1,11 @@
-"""Clipped sums of per-unit gradients through Opacus's ghost clipping, for any module (privacy.md §1.1, "Engines").
+"""Clipped sums of per-unit gradients through Opacus, for any module (privacy.md §1.1, "Engines").
 
-Opacus supplies per-unit gradient norms and nothing else: it draws no noise and keeps no books. The guards refuse what
-it accepts silently (defects P9, P10, double wrapping); a unit with a non-finite gradient counts for nothing (P3).
+Opacus supplies per-unit gradient norms (ghost clipping, in float64) or the gradients themselves, and nothing else: it
+draws no noise and keeps no books. The guards refuse what it accepts silently (defects P9, P10, double wrapping); a
+unit with a non-finite gradient counts for nothing (P3).
+
+Gradients that are held one by one may be float32: the clip bounds whatever they are, and float64 adds them up, as long
+as a unit's are that unit's alone. That its bits depend on nothing else is looked at on this machine first.
 """
 
 from __future__ import annotations
@@ -9,8 +13,8 @@ from __future__ import annotations
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -28,6 +32,8 @@ RecordLoss = Callable[[Tensor, Tensor], Tensor]
 
 _COUPLED = (nn.modules.batchnorm._BatchNorm,)
 _PROBE_UNITS = 3
+# Held one by one: at most so many units, whose activations a core's cache then holds, and so many numbers of each.
+_HELD_UNITS, _HELD_PARAMETERS = 16, 2**21
 # Filters of warnings are the process's, and the sites of a simulation are its threads.
 _FILTERS = threading.Lock()
 
@@ -42,12 +48,18 @@ class ModuleTask:
         loss: (outputs for (U, m, d) features, (U, m) int64 labels) → (U, m) losses, one a record, each depending on
             that record alone. Padded records are zeros with label 0 and are ignored.
         chunk: records in activations at a time, where the module is too large for the engine's own number.
+        single: whether units may go through in float32, their gradients held one by one, as pays where a record costs
+            far more than its gradient is long: inside towers, and up to two million parameters. Parameters and
+            features are then float32 in ``loss`` and in the module, which has to follow ``float()``.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
     build: Callable[[Mapping[str, Any]], nn.Module]
     loss: RecordLoss
     chunk: int | None = None
+    single: bool = False
+    # (records a unit, units at a time, device, threads) → whether units stand alone.
+    seen: dict[tuple[int, int, torch.device, int], bool] = field(default_factory=dict, repr=False)
 
 
 def clipped_sum(
@@ -59,7 +71,7 @@ def clipped_sum(
     device: torch.device,
     chunk: int,
 ) -> Vector:
-    """Same contract as :func:`fedsecure.learning.engines.clipped_sum`; float64 throughout.
+    """Same contract as :func:`fedsecure.learning.engines.clipped_sum`; float64 throughout, but for ``task.single``.
 
     Raises:
         PrivacyError: FS-1234 to FS-1237 and FS-1248 when the module or its loss would break the per-unit bound.
@@ -77,9 +89,17 @@ def clipped_sum(
         check_shapes(trainable, task.shapes)
     module.train()
     check_per_unit(module, loss, records=units.mask.shape[1], dimension=units.dimension, device=device)
-    total = torch.zeros(sum(p.numel() for p in trainable), dtype=torch.float64, device=device)
+    size = sum(parameter.numel() for parameter in trainable)
     if len(units) == 0:
-        return np.asarray(total.cpu().numpy(), np.float64)
+        return np.zeros(size)
+    if isinstance(task, ModuleTask) and task.single and size <= _HELD_PARAMETERS:
+        held = _Held(module, loss, trainable, rows=min(chunk, _HELD_UNITS) if device.type == "cpu" else chunk)
+        if held.stand_alone(task, units, device):
+            return held.clipped_sum(units, max_grad_norm=max_grad_norm, device=device)
+        held.wrapped.remove_hooks()
+        module = task.build(parameters).to(device, torch.float64).train()
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    total = torch.zeros(size, dtype=torch.float64, device=device)
     wrapped = _wrap(module)
     if not isinstance(task, HeadTask):
         check_norms(wrapped, loss, trainable, records=units.mask.shape[1], dimension=units.dimension, device=device)
@@ -115,6 +135,83 @@ def clipped_sum(
         total += torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in trainable])
     wrapped.remove_hooks()
     return np.asarray(total.cpu().numpy(), np.float64)
+
+
+class _Held:
+    """A module whose units' gradients are held one by one, in float32.
+
+    Args:
+        module: checked, float64; it is wrapped, and made float32 once it has been looked at.
+        loss: of its task.
+        trainable: its parameters.
+        rows: units at a time, always so many: the last ones have empty places beside them.
+    """
+
+    def __init__(self, module: nn.Module, loss: RecordLoss, trainable: Sequence[nn.Parameter], *, rows: int) -> None:
+        self.module, self.loss, self.trainable, self.rows = module, loss, trainable, rows
+        self.wrapped = _wrap(module, ghost=False)
+        self.embeds = any(isinstance(part, nn.Embedding) for part in module.modules())
+
+    def stand_alone(self, task: ModuleTask, units: UnitFeatures, device: torch.device) -> bool:
+        """Whether a unit's gradient is the same bits wherever it stands and whatever stands beside it. A kernel's
+        operations do not depend on the numbers it is given, so two blocks of public noise show it; once a task."""
+        records = units.mask.shape[1]
+        key = (records, self.rows, device, torch.get_num_threads())
+        known = key in task.seen
+        if not known:
+            check_gradients(self, records=records, dimension=units.dimension, device=device)
+        self.module.float()
+        if not known:
+            with torch.random.fork_rng(devices=[]):
+                task.seen[key] = self._alone(*_probe(records, units.dimension, device, units=2 * self.rows))
+        return task.seen[key]
+
+    def _alone(self, features: Tensor, labels: Tensor) -> bool:
+        one, two = zip(features.float().chunk(2), labels.chunk(2), strict=True)
+        odd, usual = torch.arange(self.rows, device=labels.device) % 2 == 1, torch.arange(self.rows)
+        rows, classes = (torch.where(odd.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(one, two, strict=True))
+        alone = torch.where(odd[:, None], self.gradients(*two), self.gradients(*one))
+        orders = (usual, usual.roll(1), usual.roll(self.rows // 3 + 1), usual.flip(0))
+        return all(torch.equal(self.gradients(rows[order], classes[order]), alone[order]) for order in orders)
+
+    def gradients(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+        """(U, P) of (U, m, d) features, (U, m) labels and weights of the records, all 1 by default."""
+        # Opacus's hooks want gradients of inputs, and torch warns of every layer that has none, as embeddings do.
+        losses = self.loss(self.wrapped(features.requires_grad_()), labels)
+        return self.collect(losses if weights is None else losses * weights)
+
+    def collect(self, losses: Tensor) -> Tensor:
+        """(U, P) of (U, m) or (U,) losses."""
+        for parameter in self.trainable:
+            parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
+        with _quiet_hooks() if self.embeds else nullcontext():
+            losses.sum().backward()  # type: ignore[no-untyped-call]
+        parts: list[Any] = [parameter.grad_sample for parameter in self.trainable]  # type: ignore[attr-defined]
+        shaped = zip(parts, self.trainable, strict=True)
+        return torch.cat([p.new_zeros(len(losses), p.numel()) if g is None else g.flatten(1) for g, p in shaped], 1)
+
+    def clipped_sum(self, units: UnitFeatures, *, max_grad_norm: float, device: torch.device) -> Vector:
+        total: Tensor | float = 0.0
+        for start in range(0, len(units), self.rows):
+            part = units.select(slice(start, start + self.rows))
+            missing = self.rows - len(part)
+            features, labels, weights, mask = (
+                torch.from_numpy(np.pad(values, [(0, missing)] + [(0, 0)] * (values.ndim - 1))).to(device)
+                for values in (part.features, part.labels, part.weights, part.mask)
+            )
+            features = features.float()
+            features[~mask] = 0.0
+            bad = ~torch.isfinite(features).all(-1).all(-1)
+            features[bad], weights[bad] = 0.0, 0.0
+            gradients = self.gradients(features, labels, weights.float()).double()
+            norms = torch.linalg.vector_norm(gradients, dim=1)
+            finite = torch.isfinite(norms)
+            gradients[~finite] = 0.0
+            scale = (max_grad_norm * SAFETY / norms.clamp_min(TINY)).clamp(max=1.0)
+            total = total + torch.where(finite, scale, 0.0) @ gradients
+        self.wrapped.remove_hooks()
+        assert isinstance(total, Tensor)
+        return np.asarray(total.cpu().numpy(), np.float64)
 
 
 def _record_lengths(wrapped: Any, loss: RecordLoss, features: Tensor, *, labels: Tensor, weights: Tensor) -> Tensor:
@@ -176,13 +273,13 @@ def check_shapes(trainable: Sequence[nn.Parameter], shapes: Mapping[str, tuple[i
         )
 
 
-def _probe(records: int, dimension: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Public noise as features, and labels 0 and 1 in turn, of three units."""
+def _probe(records: int, dimension: int, device: torch.device, *, units: int = _PROBE_UNITS) -> tuple[Tensor, Tensor]:
+    """Public noise as features, and labels 0 and 1 in turn."""
     generator = torch.Generator().manual_seed(0)
-    shape = (_PROBE_UNITS, max(records, 1), dimension)
+    shape = (units, max(records, 1), dimension)
     features = torch.randn(shape, generator=generator, dtype=torch.float64).to(device)
     labels = torch.zeros(shape[:2], dtype=torch.int64, device=device)
-    labels[1] = 1
+    labels[1::2] = 1
     return features, labels
 
 
@@ -245,6 +342,9 @@ def check_per_unit(module: nn.Module, loss: RecordLoss, *, records: int, dimensi
         )
 
 
+_ONE_USE = "use each weight in one call of its own layer: no tied weights, no functional use, no hooks on layers"
+
+
 def check_norms(
     wrapped: Any,
     loss: RecordLoss,
@@ -263,43 +363,78 @@ def check_norms(
         PrivacyError: FS-1248.
     """
     features, labels = _probe(records, dimension, device)
-    cure = "use each weight in one call of its own layer: no tied weights, no functional use, no hooks on layers"
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        try:
-            losses = loss(wrapped(features), labels).mean(1)
-        except NotImplementedError as error:
-            raise PrivacyError(
-                "FS-1248",
-                f"a weight that is used more than once ({error!s:.80})",
-                expected="one use of each weight in a pass",
-                cure=cure,
-            ) from error
-        wrapped.disable_hooks()
-        true = []
-        with _quiet_hooks():
-            for value in losses:
-                parts = torch.autograd.grad(value, list(trainable), retain_graph=True, allow_unused=True)
-                true.append(torch.sqrt(torch.stack([g.square().sum() for g in parts if g is not None]).sum()))
-        wrapped.enable_hooks()
+        losses = _losses(wrapped, loss, features, labels)
+        expected = _true_gradients(wrapped, losses, trainable).norm(dim=1)
         _backward(losses.sum())
-    reported, expected = wrapped.get_norm_sample().detach(), torch.stack(true)
+    reported = wrapped.get_norm_sample().detach()
     if not torch.allclose(reported, expected, rtol=1e-6, atol=1e-12):
         raise PrivacyError(
             "FS-1248",
             f"Opacus reports a unit's gradient norm as {float(reported[0]):.4g} and it is {float(expected[0]):.4g}",
             expected="the norm of the whole gradient, or clipping bounds nothing",
-            cure=cure,
+            cure=_ONE_USE,
         )
 
 
-def _wrap(module: nn.Module) -> Any:
+def check_gradients(held: _Held, *, records: int, dimension: int, device: torch.device) -> None:
+    """:func:`check_norms` of gradients that are held one by one, number by number: PrivacyError FS-1248."""
+    features, labels = _probe(records, dimension, device)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        losses = _losses(held.wrapped, held.loss, features.requires_grad_(), labels)
+        expected = _true_gradients(held.wrapped, losses, held.trainable)
+        found = held.collect(losses)
+    apart = (found - expected).norm(dim=1) > 1e-6 * expected.norm(dim=1) + 1e-12
+    if bool(apart.any()):
+        row = int(apart.nonzero()[0])
+        raise PrivacyError(
+            "FS-1248",
+            f"Opacus's gradient of a unit has norm {float(found[row].norm()):.4g}; "
+            f"the true one has {float(expected[row].norm()):.4g}",
+            expected="the whole gradient, or training goes astray",
+            cure=_ONE_USE,
+        )
+
+
+def _losses(wrapped: Any, loss: RecordLoss, features: Tensor, labels: Tensor) -> Tensor:
+    """(U,): of units, with a weight used twice refused where Opacus itself notices."""
+    try:
+        return loss(wrapped(features), labels).mean(1)
+    except NotImplementedError as error:
+        raise PrivacyError(
+            "FS-1248",
+            f"a weight that is used more than once ({error!s:.80})",
+            expected="one use of each weight in a pass",
+            cure=_ONE_USE,
+        ) from error
+
+
+def _true_gradients(wrapped: Any, losses: Tensor, trainable: Sequence[nn.Parameter]) -> Tensor:
+    """(U, P): of each loss by itself, without Opacus."""
+    wrapped.disable_hooks()
+    rows = []
+    with _quiet_hooks():
+        for value in losses:
+            parts = torch.autograd.grad(value, list(trainable), retain_graph=True, allow_unused=True)
+            pairs = zip(parts, trainable, strict=True)
+            rows.append(torch.cat([(torch.zeros_like(p) if g is None else g).flatten() for g, p in pairs]))
+    wrapped.enable_hooks()
+    return torch.stack(rows)
+
+
+def _wrap(module: nn.Module, *, ghost: bool = True) -> Any:
     with _FILTERS, warnings.catch_warnings():
         # Opacus imports raise deprecation warnings of their own dependencies.
         warnings.simplefilter("ignore")
+        from opacus.grad_sample import GradSampleModule
         from opacus.grad_sample.grad_sample_module_fast_gradient_clipping import (
             GradSampleModuleFastGradientClipping,
         )
 
         # strict only forbids buffers, which check_per_unit judges by what they do.
-        return GradSampleModuleFastGradientClipping(module, loss_reduction="sum", strict=False, use_ghost_clipping=True)
+        how: Any = {"loss_reduction": "sum", "strict": False}
+        if ghost:
+            return GradSampleModuleFastGradientClipping(module, use_ghost_clipping=True, **how)
+        return GradSampleModule(module, **how)

@@ -166,7 +166,9 @@ def prompt_task(network: Any, prompts: Prompts, *, spec: TowerSpec, head: HeadTa
             return np.asarray(build(parameters).eval().texts(1)[0].float().cpu().numpy())
 
     chunk = max(1, _PROMPTS // spec.classes)
-    return TowerTask(shapes=spec.shapes, build=build, loss=record_loss, spec=spec, head=head, chunk=chunk, texts=texts)
+    return TowerTask(
+        shapes=spec.shapes, build=build, loss=record_loss, spec=spec, head=head, chunk=chunk, single=True, texts=texts
+    )
 
 
 def _build(
