@@ -2,8 +2,8 @@
 
     python -m benchmarks.towers [--units 64] [--repeats 5] [--json] [--quick]
 
-Both go side by side through the same units of random pixels, in turn and in one process: PromptFL, LoRA and the last
-block of the bundled tiny CLIP, and CLIP2FL's ResNet-8 at width 1.
+Both go side by side through the same units of random numbers, in turn and in one process: PromptFL and LoRA in the
+bundled tiny CLIP, and CLIP2FL's ResNet-8 at width 1.
 """
 
 from __future__ import annotations
@@ -20,13 +20,12 @@ import numpy as np
 import torch
 
 from fedsecure.learning.engines import clipped_sum
-from fedsecure.learning.last_block import last_block_task
 from fedsecure.learning.lora_module import lora_task
 from fedsecure.learning.prompt_module import make_prompts, prompt_task
 from fedsecure.learning.student_module import resnet8_task
 from fedsecure.learning.student_spec import resnet8_spec
 from fedsecure.learning.tower_task import TowerTask, zero_shot_head
-from fedsecure.learning.towers import last_block_spec, lora_spec, prompt_spec
+from fedsecure.learning.towers import lora_spec, prompt_spec
 from fedsecure.learning.units import UnitFeatures
 from fedsecure.vision.encoder import load_encoder
 from fedsecure.vision.prompts import DEFAULT_TEMPLATE, class_prompts
@@ -44,7 +43,6 @@ def tasks() -> Mapping[str, TowerTask]:
     return {
         "promptfl": prompt_task(encoder.network, words, spec=prompts, head=head),
         "lora": lora_task(encoder.network, spec=lora_spec(MODEL, classes=k, rank=2), head=head),
-        "last_block": last_block_task(encoder.network, spec=last_block_spec(MODEL, classes=k), head=head),
         "resnet8": resnet8_task(resnet8_spec(classes=k, dimension=64, width=1), head=head),
     }
 

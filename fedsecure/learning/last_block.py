@@ -103,7 +103,7 @@ class _BesidePoles(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         adapted = self.block.adapt(tokens)
         with torch.no_grad():
-            fixed = [pole(tokens.double()).to(adapted) for pole in self._poles]
+            fixed = [pole(tokens) for pole in self._poles]
         return torch.cat([adapted @ self.block.prior.T, adapted, *fixed], dim=-1)
 
 
@@ -129,7 +129,7 @@ def last_block_task(network: Any, *, spec: TowerSpec, head: HeadTask, contrast: 
     else:
         poles = [build(tensors).requires_grad_(False) for tensors in (contrast.anchor, contrast.previous)]
         make, loss = partial(_build_beside, build, poles), partial(_contrasted_loss, contrast, spec.classes)
-    return TowerTask(shapes=spec.shapes, build=make, loss=loss, spec=spec, head=head, chunk=_IMAGES, single=True)
+    return TowerTask(shapes=spec.shapes, build=make, loss=loss, spec=spec, head=head, chunk=_IMAGES)
 
 
 def pretrained(visual: Any) -> dict[str, Tensor]:

@@ -157,7 +157,7 @@ def test_a_tied_weight_is_refused(encoder: Encoder) -> None:
         return block  # type: ignore[no-any-return]
 
     shapes = {name: shape for name, shape in task.shapes.items() if name != "value.weight"}
-    wrong = dataclasses.replace(task, build=tied, shapes=shapes, single=False)
+    wrong = dataclasses.replace(task, build=tied, shapes=shapes)
     with pytest.raises(PrivacyError, match="FS-1248"):
         clipped_sum(wrong, START, some_units(SPEC.dimension, units=2, records=1), max_grad_norm=1.0, device="cpu")
 
