@@ -110,6 +110,9 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         help="of clip2fl and its private baselines; default: --students",
     )
     parser.add_argument("--private-rounds", type=int, help="of the private methods")
+    parser.add_argument(
+        "--private-sampling", type=float, help="share of its records a site draws in each round of the private methods"
+    )
     parser.add_argument("--no-privacy", default=REASON, help="why the data may be used without privacy")
     parser.add_argument("--device", default="auto", help="of the published training: auto, cpu or cuda")
     parser.add_argument("--out", type=Path, default=Path("clip2fl-results"))
@@ -279,6 +282,7 @@ def run_privately(
         seeds=1,
         delta=options.delta,
         rounds=options.private_rounds,
+        sampling_rate=options.private_sampling,
     )
     rows = []
     for row in simulate(chosen, watch=watch)["rows"]:

@@ -110,6 +110,9 @@ def simulate(
     delta: Annotated[float, typer.Option(help="δ of the guarantee.")] = 1e-5,
     rounds: Annotated[int | None, typer.Option(help="Communication rounds.")] = None,
     local_steps: Annotated[int, typer.Option(help="Noisy steps a site takes per round, with --noise local.")] = 1,
+    sampling_rate: Annotated[
+        float | None, typer.Option(help="Share of units that a step draws by Poisson sampling; 1 where ε is inf.")
+    ] = None,
     colluders: Annotated[int | None, typer.Option(help="Colluding sites the sum withstands, at least 1.")] = None,
     min_survivors: Annotated[int | None, typer.Option(help="Fewest sites in a sum, at least 3.")] = None,
     train: Annotated[str, typer.Option(help="Splits of --features to share out, with commas.")] = "train",
@@ -141,6 +144,7 @@ def simulate(
         delta=delta,
         rounds=rounds,
         local_steps=local_steps,
+        sampling_rate=sampling_rate,
         colluders=colluders,
         min_survivors=min_survivors,
         train=listed(train),

@@ -76,8 +76,11 @@ def _varied(raw: Mapping[str, Any], options: SimulationOptions, variant: Variant
     if options.local_steps != 1:
         method["local_steps"] = options.local_steps
     privacy["noise"] = variant.noise
+    if options.sampling_rate is not None:
+        privacy["sampling_rate"] = options.sampling_rate
     if math.isinf(variant.epsilon):
-        privacy |= {"no_privacy": privacy.get("no_privacy") or WITHOUT, "noise_multiplier": "auto"}
+        without = {"noise_multiplier": "auto", "sampling_rate": 1.0}
+        privacy |= {"no_privacy": privacy.get("no_privacy") or WITHOUT, **without}
     else:
         privacy |= {"target_epsilon": variant.epsilon, "no_privacy": ""}
     return {"method": method, "privacy": privacy}

@@ -48,6 +48,7 @@ class SimulationOptions:
     delta: float = 1e-5
     rounds: int | None = None
     local_steps: int = 1
+    sampling_rate: float | None = None
     colluders: int | None = None
     min_survivors: int | None = None
     train: tuple[str, ...] = ("train",)
