@@ -289,6 +289,12 @@ def test_a_private_run_beside_them(example: ModuleType, file: Path, tmp_path: Pa
     assert 0 < float(row["all public"]) <= 1, "settings may be chosen on these"
     # What simulate counted on the test site is what its adapter scores.
     assert float(row["all"]) == pytest.approx(float(row["accuracy"]), abs=1e-6)
+    # A share of the records a round is another run, within the same ε.
+    assert example.main([*given, "--method", "linear", "--private-rounds", "2", "--private-sampling", "0.5"]) == 0
+    with (out / "results.csv").open(encoding="utf-8", newline="") as stream:
+        (sampled,) = csv.DictReader(stream)
+    assert sampled["cell"] != row["cell"]
+    assert float(sampled["epsilon_spent"]) <= 8
 
 
 @pytest.mark.slow

@@ -136,10 +136,11 @@ def test_other_settings_or_records_are_other_cells(options: SimulationOptions, f
         key(replace(options, epsilons=(4.0,))),
         key(replace(options, partitions=("quantity:1",))),
         key(replace(options, noises=("local",))),
+        key(replace(options, sampling_rate=0.5)),
         key(replace(options, centre=f"{features}:text")),
     }
     write_features(features, seed=1)
-    assert len({first, *others, key(options)}) == 7
+    assert len({first, *others, key(options)}) == 8
 
 
 @pytest.mark.slow
@@ -277,6 +278,17 @@ def test_a_token_of_noise_is_never_sampled() -> None:
         PrivacyConfig(no_privacy="public data", sampling_rate=0.5)
 
 
+def test_a_sampling_rate_is_that_of_the_private_runs(options: SimulationOptions, tmp_path: Path) -> None:
+    """Over a settings file's own; where the grid goes on to ε = ∞, that run is not sampled."""
+    file = tmp_path / "settings.toml"
+    file.write_text("[privacy]\nsampling_rate = 0.2\n[sites.a]\n[sites.b]\n[sites.c]\n")
+    options = replace(options, federation=file, epsilons=(8.0, float("inf")))
+    for asked, rates in ((None, [0.2, 1.0]), (0.5, [0.5, 1.0])):
+        chosen = replace(options, sampling_rate=asked)
+        cells = module._grid(chosen, module.Shared.read(chosen))
+        assert [cell.settings.privacy.sampling_rate for cell in cells] == rates
+
+
 # --- bad input ------------------------------------------------------------------------------------------------------
 
 
@@ -288,6 +300,8 @@ def test_a_token_of_noise_is_never_sampled() -> None:
         ({"epsilons": (0.0,)}, "FS-1003"),
         ({"epsilons": (float("nan"),)}, "FS-1003"),
         ({"epsilons": (1.0, 1.0)}, "FS-1003"),
+        ({"sampling_rate": 0.0}, "FS-1003"),
+        ({"sampling_rate": 1.5}, "FS-1003"),
         ({"methods": ()}, "FS-1003"),
         ({"methods": ("nothing",)}, "FS-1004"),
         ({"partitions": ("stripes",)}, "FS-1010"),
