@@ -10,9 +10,10 @@ as a unit's are that unit's alone. That its bits depend on nothing else is looke
 
 from __future__ import annotations
 
+import functools
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,6 +30,8 @@ from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
 
 RecordLoss = Callable[[Tensor, Tensor], Tensor]
+# (records a unit, units at a time, device, threads) → whether units stand alone.
+Seen = dict[tuple[int, int, torch.device, int], bool]
 
 _COUPLED = (nn.modules.batchnorm._BatchNorm,)
 _PROBE_UNITS = 3
@@ -51,6 +54,7 @@ class ModuleTask:
         single: whether units may go through in float32, their gradients held one by one, as pays where a record costs
             far more than its gradient is long: inside towers, and up to two million parameters. Parameters and
             features are then float32 in ``loss`` and in the module, which has to follow ``float()``.
+        seen: what the engine has found out about such modules; tasks of one architecture may share it.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -58,8 +62,13 @@ class ModuleTask:
     loss: RecordLoss
     chunk: int | None = None
     single: bool = False
-    # (records a unit, units at a time, device, threads) → whether units stand alone.
-    seen: dict[tuple[int, int, torch.device, int], bool] = field(default_factory=dict, repr=False)
+    seen: Seen = field(default_factory=dict, repr=False)
+
+
+@functools.cache
+def seen_of(*architecture: Hashable) -> Seen:
+    """What all tasks of one architecture share: a run makes a task each round."""
+    return {}
 
 
 def clipped_sum(
@@ -154,7 +163,8 @@ class _Held:
 
     def stand_alone(self, task: ModuleTask, units: UnitFeatures, device: torch.device) -> bool:
         """Whether a unit's gradient is the same bits wherever it stands and whatever stands beside it. A kernel's
-        operations do not depend on the numbers it is given, so two blocks of public noise show it; once a task."""
+        operations do not depend on the numbers it is given, so two blocks of public noise show it; once an
+        architecture."""
         records = units.mask.shape[1]
         key = (records, self.rows, device, torch.get_num_threads())
         known = key in task.seen

@@ -19,6 +19,7 @@ from fedsecure.learning.adapters import Vector
 from fedsecure.learning.distillation import distillation_loss
 from fedsecure.learning.modules import centred_inputs, resolve_device
 from fedsecure.learning.objective import TEACHER_SCALE, Distillation
+from fedsecure.learning.opacus_engine import seen_of
 from fedsecure.learning.student_spec import PIXELS, SIDE, STAGES
 from fedsecure.learning.students import StudentSpec, build_student, check_single
 from fedsecure.learning.task import HeadTask
@@ -89,7 +90,10 @@ def resnet8_task(spec: TowerSpec, *, head: HeadTask, taught: Distillation | None
         return distillation_loss(outputs[..., :classes], outputs[..., classes:], labels, how=taught)
 
     build = partial(_build, head, spec, taught is not None)
-    return TowerTask(shapes=spec.shapes, build=build, loss=loss, spec=spec, head=head, chunk=_IMAGES, single=True)
+    seen = seen_of(spec.kind, spec.dimension, spec.layout, bool(head.centre.any()), taught is not None)
+    return TowerTask(
+        shapes=spec.shapes, build=build, loss=loss, spec=spec, head=head, chunk=_IMAGES, single=True, seen=seen
+    )
 
 
 def _build(head: HeadTask, spec: TowerSpec, teaches: bool, parameters: Mapping[str, Any]) -> TextStudent:

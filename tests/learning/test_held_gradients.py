@@ -173,6 +173,9 @@ def test_the_network_of_clip2fl_is_held() -> None:
     found, ghost = summed(task, values, units), summed(replace(task, single=False), values, units)
     assert held(task)
     assert np.linalg.norm(found - ghost) < 2e-5 * np.linalg.norm(ghost)
+    # Tasks of one network share what was seen, those of another do not.
+    spec = resnet8_spec(classes=K, dimension=8, width=2)
+    assert resnet8_task(task.spec, head=head).seen is task.seen is not resnet8_task(spec, head=head).seen
 
 
 @pytest.mark.parametrize(("make", "records"), [(Convolutions, 1), (Layers, 3)])
