@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 MAX_ARRAY_BYTES = 8 * 1024**3
 MAX_HEADER_BYTES = 10_000
 # What NumPy writes before an array of numbers or strings. NumPy itself reads it with `ast`, which in CPython 3.11 fails
-# by chance while another thread is in it (gh-106905), be it to print a traceback.
+# by chance before 3.11.8 while another thread is in it (gh-106905), be it to print a traceback.
 _HEADER = re.compile(
-    rb"\{'descr': '([<>|]\w+(?:\[\w+\])?)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
+    rb"\{'descr': '([<>|][A-Za-z]\w*(?:\[\w+\])?)', 'fortran_order': (True|False), 'shape': \(([\d, ]*)\), \} *\n"
 )
 _CHUNK = 1 << 20
 
@@ -248,7 +248,7 @@ def _header(stream: IO[bytes]) -> _Shape:
     length = int.from_bytes(stream.read(2 if version == (1, 0) else 4), "little")
     found = _HEADER.fullmatch(stream.read(length)) if length <= MAX_HEADER_BYTES else None
     if found is None:
-        raise ValueError("an array is not of numbers or strings alone")
+        raise ValueError("a header that is not as NumPy writes it for numbers or strings")
     descr, fortran, extents = (part.decode() for part in found.groups())
     try:
         dtype = np.dtype(descr)
@@ -257,6 +257,8 @@ def _header(stream: IO[bytes]) -> _Shape:
     if dtype.hasobject:
         raise ValueError("it holds pickled objects")
     shape = tuple(int(extent) for extent in extents.split(",") if extent.strip())
+    if dtype.itemsize == 0 and 0 not in shape:
+        raise ValueError(f"entries of no size, {descr!r}")
     return _Shape(shape=shape, dtype=dtype, order="F" if fortran == "True" else "C")
 
 

@@ -67,7 +67,8 @@ def clipped_sum(
         max_grad_norm: C > 0, finite.
         engine: ``"auto"``, ``"opacus"`` or ``"closed-form"``.
         device: ``"auto"``, ``"cpu"``, ``"cuda"``…
-        chunk: records held in activations at a time; it bounds memory and does not change the result.
+        chunk: records held in activations at a time; it bounds memory and does not change the result, but for last
+            bits where gradients are held in float32 (``ModuleTask.single``).
         precision: of activations in the closed form. With ``"float32"``, where every unit is one record, sums of up to
             256 of them are float32 too, and the clip is C′ < C in either engine (:mod:`fedsecure.learning.narrow`).
 
@@ -76,7 +77,7 @@ def clipped_sum(
 
     Raises:
         ModelError: FS-1632, FS-1637, FS-1638 or FS-1639 when something does not fit.
-        PrivacyError: FS-1234 to FS-1237 from Opacus's guards; FS-1238 for a bad C.
+        PrivacyError: FS-1234 to FS-1237 and FS-1248 from Opacus's guards; FS-1238 for a bad C.
     """
     at = clipped_sums(
         task, units, max_grad_norm=max_grad_norm, engine=engine, device=device, chunk=chunk, precision=precision

@@ -14,7 +14,7 @@ import functools
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,13 +30,14 @@ from fedsecure.learning.task import TINY, HeadTask
 from fedsecure.learning.units import UnitFeatures
 
 RecordLoss = Callable[[Tensor, Tensor], Tensor]
-# (records a unit, units at a time, device, threads) → whether units stand alone.
-Seen = dict[tuple[int, int, torch.device, int], bool]
+# (records a unit, width of a record, units at a time, device, threads) → whether units stand alone.
+Seen = dict[tuple[int, int, int, torch.device, int], bool]
 
 _COUPLED = (nn.modules.batchnorm._BatchNorm,)
 _PROBE_UNITS = 3
-# Held one by one: at most so many units, whose activations a core's cache then holds, and so many numbers of each.
-_HELD_UNITS, _HELD_PARAMETERS = 16, 2**21
+# Held one by one: of a unit at most so many numbers, so many of all, and on a CPU no more units than a core's cache
+# holds the activations of.
+_HELD_PARAMETERS, _HELD_NUMBERS, _HELD_UNITS = 2**21, 2**25, 16
 # Filters of warnings are the process's, and the sites of a simulation are its threads.
 _FILTERS = threading.Lock()
 
@@ -53,8 +54,10 @@ class ModuleTask:
         chunk: records in activations at a time, where the module is too large for the engine's own number.
         single: whether units may go through in float32, their gradients held one by one, as pays where a record costs
             far more than its gradient is long: inside towers, and up to two million parameters. Parameters and
-            features are then float32 in ``loss`` and in the module, which has to follow ``float()``.
-        seen: what the engine has found out about such modules; tasks of one architecture may share it.
+            features are then float32 in ``loss`` and in the module, which has to follow ``float()``. On a GPU
+            convolutions may take TF32, which changes what a gradient is and not what bounds it.
+        architecture: equal for tasks whose ``build`` and ``loss`` differ in numbers only, and which share what the
+            engine has seen of them: a run makes a task each round.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -62,12 +65,17 @@ class ModuleTask:
     loss: RecordLoss
     chunk: int | None = None
     single: bool = False
-    seen: Seen = field(default_factory=dict, repr=False)
+    architecture: Hashable = None
+    _seen: Seen = field(default_factory=dict, repr=False, init=False)
+
+    @property
+    def seen(self) -> Seen:
+        """What is known of how its units stand."""
+        return self._seen if self.architecture is None else _seen_of(self.architecture)
 
 
 @functools.cache
-def seen_of(*architecture: Hashable) -> Seen:
-    """What all tasks of one architecture share: a run makes a task each round."""
+def _seen_of(architecture: Hashable) -> Seen:
     return {}
 
 
@@ -102,12 +110,11 @@ def clipped_sum(
     if len(units) == 0:
         return np.zeros(size)
     if isinstance(task, ModuleTask) and task.single and size <= _HELD_PARAMETERS:
-        held = _Held(module, loss, trainable, rows=min(chunk, _HELD_UNITS) if device.type == "cpu" else chunk)
-        if held.stand_alone(task, units, device):
+        rows = min(chunk, max(1, _HELD_NUMBERS // size), _HELD_UNITS if device.type == "cpu" else chunk)
+        if _stand_alone(task, parameters, units, rows=rows, device=device):
+            held = _Held(module, loss, trainable, rows=rows)
+            check_gradients(held, records=units.mask.shape[1], dimension=units.dimension, device=device)
             return held.clipped_sum(units, max_grad_norm=max_grad_norm, device=device)
-        held.wrapped.remove_hooks()
-        module = task.build(parameters).to(device, torch.float64).train()
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
     total = torch.zeros(size, dtype=torch.float64, device=device)
     wrapped = _wrap(module)
     if not isinstance(task, HeadTask):
@@ -146,11 +153,37 @@ def clipped_sum(
     return np.asarray(total.cpu().numpy(), np.float64)
 
 
+def _stand_alone(
+    task: ModuleTask, parameters: Mapping[str, Any], units: UnitFeatures, *, rows: int, device: torch.device
+) -> bool:
+    """Whether a unit's gradient is the same bits wherever it stands and whatever stands beside it.
+
+    A kernel's operations do not depend on the numbers it is given, so two blocks of public noise show it, once for
+    each size. Noise is in the parameters too: where some are zero, gradients of others are, and those show nothing.
+    """
+    records, dimension = units.mask.shape[1], units.dimension
+    key = (records, dimension, rows, device, torch.get_num_threads())
+    if key not in task.seen:
+        generator = torch.Generator().manual_seed(0)
+        noisy = {}
+        for name, value in parameters.items():
+            start = (value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).cpu().double()
+            noisy[name] = (start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)).numpy()
+        module = task.build(noisy).to(device, torch.float64).train()
+        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        held = _Held(module, task.loss, trainable, rows=rows)
+        check_gradients(held, records=records, dimension=dimension, device=device)
+        with torch.random.fork_rng(devices=[]):
+            task.seen[key] = held.alone(*_probe(records, dimension, device, units=2 * rows))
+        held.wrapped.remove_hooks()
+    return task.seen[key]
+
+
 class _Held:
-    """A module whose units' gradients are held one by one, in float32.
+    """A module whose units' gradients are held one by one.
 
     Args:
-        module: checked, float64; it is wrapped, and made float32 once it has been looked at.
+        module: checked, float64; it is wrapped, and made float32 by the first call but :meth:`collect`.
         loss: of its task.
         trainable: its parameters.
         rows: units at a time, always so many: the last ones have empty places beside them.
@@ -158,35 +191,22 @@ class _Held:
 
     def __init__(self, module: nn.Module, loss: RecordLoss, trainable: Sequence[nn.Parameter], *, rows: int) -> None:
         self.module, self.loss, self.trainable, self.rows = module, loss, trainable, rows
-        self.wrapped = _wrap(module, ghost=False)
-        self.embeds = any(isinstance(part, nn.Embedding) for part in module.modules())
+        self.wrapped, self.warns = _wrap(module, ghost=False), True
 
-    def stand_alone(self, task: ModuleTask, units: UnitFeatures, device: torch.device) -> bool:
-        """Whether a unit's gradient is the same bits wherever it stands and whatever stands beside it. A kernel's
-        operations do not depend on the numbers it is given, so two blocks of public noise show it; once an
-        architecture."""
-        records = units.mask.shape[1]
-        key = (records, self.rows, device, torch.get_num_threads())
-        known = key in task.seen
-        if not known:
-            check_gradients(self, records=records, dimension=units.dimension, device=device)
+    def alone(self, features: Tensor, labels: Tensor) -> bool:
+        """Whether the gradients of twice as many rows are the same bits in four orders, those of one half in every
+        second place among the other's."""
         self.module.float()
-        if not known:
-            with torch.random.fork_rng(devices=[]):
-                task.seen[key] = self._alone(*_probe(records, units.dimension, device, units=2 * self.rows))
-        return task.seen[key]
-
-    def _alone(self, features: Tensor, labels: Tensor) -> bool:
         one, two = zip(features.float().chunk(2), labels.chunk(2), strict=True)
         odd, usual = torch.arange(self.rows, device=labels.device) % 2 == 1, torch.arange(self.rows)
         rows, classes = (torch.where(odd.view(-1, *[1] * (a.ndim - 1)), b, a) for a, b in zip(one, two, strict=True))
-        alone = torch.where(odd[:, None], self.gradients(*two), self.gradients(*one))
+        apart = torch.where(odd[:, None], self.gradients(*two), self.gradients(*one))
         orders = (usual, usual.roll(1), usual.roll(self.rows // 3 + 1), usual.flip(0))
-        return all(torch.equal(self.gradients(rows[order], classes[order]), alone[order]) for order in orders)
+        return all(torch.equal(self.gradients(rows[order], classes[order]), apart[order]) for order in orders)
 
     def gradients(self, features: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
         """(U, P) of (U, m, d) features, (U, m) labels and weights of the records, all 1 by default."""
-        # Opacus's hooks want gradients of inputs, and torch warns of every layer that has none, as embeddings do.
+        # Torch warns of hooks on layers whose inputs have no gradient.
         losses = self.loss(self.wrapped(features.requires_grad_()), labels)
         return self.collect(losses if weights is None else losses * weights)
 
@@ -194,13 +214,18 @@ class _Held:
         """(U, P) of (U, m) or (U,) losses."""
         for parameter in self.trainable:
             parameter.grad = parameter.grad_sample = None  # type: ignore[attr-defined]
-        with _quiet_hooks() if self.embeds else nullcontext():
+        quiet: AbstractContextManager[list[Any]] = _quiet_hooks() if self.warns else nullcontext([])
+        with quiet as told:
             losses.sum().backward()  # type: ignore[no-untyped-call]
+        # Filters are all threads', so they are touched only for a module that has torch warn.
+        self.warns = bool(told)
         parts: list[Any] = [parameter.grad_sample for parameter in self.trainable]  # type: ignore[attr-defined]
         shaped = zip(parts, self.trainable, strict=True)
         return torch.cat([p.new_zeros(len(losses), p.numel()) if g is None else g.flatten(1) for g, p in shaped], 1)
 
     def clipped_sum(self, units: UnitFeatures, *, max_grad_norm: float, device: torch.device) -> Vector:
+        """The sum of these units, float64; the hooks are gone afterwards."""
+        self.module.float()
         total: Tensor | float = 0.0
         for start in range(0, len(units), self.rows):
             part = units.select(slice(start, start + self.rows))
@@ -241,11 +266,21 @@ def _backward(loss: Tensor) -> None:
 
 
 @contextmanager
-def _quiet_hooks() -> Iterator[None]:
-    with _FILTERS, warnings.catch_warnings():
-        # The first layer's inputs need no gradient; Opacus's hooks only read gradients of outputs.
-        warnings.filterwarnings("ignore", message="Full backward hook is firing")
-        yield
+def _quiet_hooks() -> Iterator[list[warnings.WarningMessage]]:
+    """Nothing is said of inputs without gradients, which Opacus's hooks do not read; what else is, is said at the end.
+
+    Yields:
+        what torch would have said of them, filled as it does.
+    """
+    silenced: list[warnings.WarningMessage] = []
+    with _FILTERS:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            yield silenced
+        others = [one for one in caught if "Full backward hook is firing" not in str(one.message)]
+        silenced += [one for one in caught if one not in others]
+    for one in others:
+        warnings.warn_explicit(one.message, one.category, one.filename, one.lineno)
 
 
 def check_module(module: nn.Module) -> None:

@@ -19,7 +19,6 @@ from fedsecure.learning.adapters import Vector
 from fedsecure.learning.distillation import distillation_loss
 from fedsecure.learning.modules import centred_inputs, resolve_device
 from fedsecure.learning.objective import TEACHER_SCALE, Distillation
-from fedsecure.learning.opacus_engine import seen_of
 from fedsecure.learning.student_spec import PIXELS, SIDE, STAGES
 from fedsecure.learning.students import StudentSpec, build_student, check_single
 from fedsecure.learning.task import HeadTask
@@ -27,7 +26,8 @@ from fedsecure.learning.tower_task import TowerTask, load_exactly, record_loss
 from fedsecure.learning.towers import TowerSpec
 from fedsecure.learning.units import UnitFeatures
 
-# Images in activations at a time: a core's cache holds those of a ResNet-8 ×1, twice as fast as four times as many.
+# Images in activations at a time. Of a ResNet-8 ×1 a core's cache holds so many: in evaluation, in float64, twice as
+# fast as four times as many; a GPU would like more.
 _IMAGES = 16
 
 
@@ -90,9 +90,16 @@ def resnet8_task(spec: TowerSpec, *, head: HeadTask, taught: Distillation | None
         return distillation_loss(outputs[..., :classes], outputs[..., classes:], labels, how=taught)
 
     build = partial(_build, head, spec, taught is not None)
-    seen = seen_of(spec.kind, spec.dimension, spec.layout, bool(head.centre.any()), taught is not None)
+    architecture = (spec.kind, spec.dimension, spec.layout, bool(head.centre.any()), taught is not None)
     return TowerTask(
-        shapes=spec.shapes, build=build, loss=loss, spec=spec, head=head, chunk=_IMAGES, single=True, seen=seen
+        shapes=spec.shapes,
+        build=build,
+        loss=loss,
+        spec=spec,
+        head=head,
+        chunk=_IMAGES,
+        single=True,
+        architecture=architecture,
     )
 
 

@@ -91,6 +91,39 @@ class Places(Layers):
         return own if rows.dtype == torch.float64 else own * (1 + 1e-4 * places)
 
 
+class Leaking(nn.Module):
+    """While ``up`` is zero no leak shows. Later the gradient of ``first`` through the text is the whole batch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.up, self.head = nn.Linear(D, D), nn.Linear(D, D, bias=False), nn.Linear(D, K)
+        self.register_buffer("text", torch.ones(1, 1, D))
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        shared = self.up(torch.tanh(self.first(self.text)).expand(len(rows), -1, -1))
+        return self.head(torch.tanh(self.first(rows))) + 9 * shared[..., :K]
+
+
+class WithConstant(Layers):
+    """One layer's input is a public constant, which has no gradient."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.third = nn.Linear(D, K)
+        self.register_buffer("constant", torch.ones(1, 1, D))
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        return super().forward(rows) + self.third(self.constant.expand(len(rows), rows.shape[1], -1))
+
+
+class Wide(Layers):
+    """Any number of rows of D numbers a record; where there are several, a trace of the batch in float32."""
+
+    def forward(self, rows: torch.Tensor) -> Any:
+        own = super().forward(rows.unflatten(-1, (-1, D)).mean(-2))
+        return own if rows.shape[-1] == D or rows.dtype == torch.float64 else own + 1e-6 * own.sum((0, 1))
+
+
 class Dropped(Layers):
     def forward(self, rows: torch.Tensor) -> Any:
         return nn.functional.dropout(super().forward(rows), 0.5, self.training)
@@ -219,6 +252,55 @@ def test_units_that_do_not_stand_alone_go_the_long_way(make: Any) -> None:
     assert np.array_equal(found, summed(replace(task, single=False), values, rows(20)))
 
 
+def test_a_leak_that_zeros_hide_is_found_before_it_leaks() -> None:
+    """At the first step ``up`` is zero, as LoRA's second half is; later it is not."""
+    task, values = task_of(Leaking)
+    values["up.weight"] = torch.zeros(D, D)
+    with pytest.raises(PrivacyError, match="FS-1248"):
+        summed(task, values, rows(5))
+
+
+def test_every_call_looks_at_its_own_parameters(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Were the first look fooled, the second step would still be refused."""
+    task, values = task_of(Leaking)
+    monkeypatch.setattr(opacus_engine, "_stand_alone", lambda *arguments, **options: True)
+    assert summed(task, values | {"up.weight": torch.zeros(D, D)}, rows(5)).any()
+    with pytest.raises(PrivacyError, match="FS-1248"):
+        summed(task, values, rows(5))
+
+
+def test_another_width_or_another_module_is_looked_at_anew() -> None:
+    task, values = task_of(Wide)
+    units = rows(20)
+    summed(task, values, units)
+    assert held(task)
+    wider = UnitFeatures(np.tile(units.features, 2), units.labels, units.mask)
+    assert np.array_equal(summed(task, values, wider), summed(replace(task, single=False), values, wider))
+    assert sorted(task.seen.values()) == [False, True]
+    alike, _ = task_of(Layers)
+    summed(alike, values, units)
+    other = replace(alike, build=task_of(Company)[0].build)
+    summed(other, values, units)
+    assert (held(alike), held(other)) == (True, False)
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_layer_whose_inputs_have_no_gradient() -> None:
+    task, values = task_of(WithConstant)
+    found, ghost = summed(task, values, rows(20)), summed(replace(task, single=False), values, rows(20))
+    assert held(task)
+    assert np.linalg.norm(found - ghost) < 2e-5 * np.linalg.norm(ghost)
+
+
+def test_memory_is_bounded_by_numbers_held(monkeypatch: pytest.MonkeyPatch) -> None:
+    task, values = task_of(Layers)
+    monkeypatch.setattr(opacus_engine, "_HELD_NUMBERS", 3 * (D * D + D + D * K + K))
+    few = summed(task, values, rows(7))
+    assert [key[2] for key in task.seen] == [3]
+    monkeypatch.undo()
+    assert np.linalg.norm(few - summed(task, values, rows(7))) < 2e-5 * np.linalg.norm(few)
+
+
 def test_dropout_goes_the_long_way() -> None:
     """Its masks are no unit's own: they follow the place."""
     task, values = task_of(Dropped)
@@ -243,16 +325,23 @@ def test_long_gradients_are_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not task.seen
 
 
-def test_what_was_seen_is_not_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And another number of records a unit is."""
+def test_how_units_stand_is_looked_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For each number of records a unit; Opacus's gradients are compared with the true ones in every call."""
     task, values = task_of(Layers)
-    looked = list[int]()
-    check = opacus_engine.check_gradients
-    monkeypatch.setattr(
-        opacus_engine,
-        "check_gradients",
-        lambda *a, records, **o: (looked.append(records), check(*a, records=records, **o)),
-    )
+    looked, compared = list[Any](), list[int]()
+    alone, check = opacus_engine._Held.alone, opacus_engine.check_gradients
+
+    def looking(self: Any, features: Any, labels: Any) -> bool:
+        looked.append(features.shape[1])
+        return alone(self, features, labels)
+
+    def comparing(*arguments: Any, records: int, **options: Any) -> None:
+        compared.append(records)
+        check(*arguments, records=records, **options)
+
+    monkeypatch.setattr(opacus_engine._Held, "alone", looking)
+    monkeypatch.setattr(opacus_engine, "check_gradients", comparing)
     for records in (1, 1, 2, 1):
         summed(task, values, rows(4, records=records))
     assert looked == [1, 2]
+    assert compared == [1, 1, 1, 2, 2, 1]
