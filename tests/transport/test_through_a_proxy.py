@@ -156,14 +156,18 @@ def test_a_download_goes_on_where_it_was_cut(served: Served, monkeypatch: pytest
 
 def test_a_partial_upload_goes_with_its_attempt(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = Wide(served, monkeypatch)
-    with Proxy(served.port, Weather(cut_after=3 * CHUNK_BYTES, cuts=1)) as proxy:
+    with Proxy(served.port, Weather(cut_after=3 * CHUNK_BYTES, cuts=20)) as proxy:
         line = served.joined("site-1", port=proxy.port, connect_seconds=0.0)
-        with pytest.raises(FedsecureError, match="FS-1501"):
-            line.upload(wide.header(served), memoryview(wide.payload))
 
         def kept() -> int:
             return served.within(lambda: sum(p.filled for p in served.service._uploads._partials.values()))
 
+        # A cut connection may take what it carried with it before the server has looked.
+        for _ in range(20):
+            with pytest.raises(FedsecureError, match="FS-1501"):
+                line.upload(wide.header(served), memoryview(wide.payload))
+            if kept():
+                break
         assert kept() > 0
         wide.ctx = b"another attempt"
         give_up = time.monotonic() + 20
