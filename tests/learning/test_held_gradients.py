@@ -191,7 +191,7 @@ def test_sums_are_those_of_a_loop_over_the_units(make: Any, records: int, clip: 
             expected = expected + flat.numpy() * min(1.0, clip * (1 - 1e-5) / float(flat.norm()))
         found = summed(task, values, units, clip)
         assert found.dtype == np.float64
-        assert np.linalg.norm(found - expected) < 2e-5 * np.linalg.norm(expected)
+        assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
     assert held(task)
     assert not summed(task, values, rows(0)).any()
 
@@ -205,7 +205,7 @@ def test_the_network_of_clip2fl_is_held() -> None:
     units = UnitFeatures(pixels, rng.integers(0, K, (5, 1)), np.ones((5, 1), np.bool_))
     found, ghost = summed(task, values, units), summed(replace(task, single=False), values, units)
     assert held(task)
-    assert np.linalg.norm(found - ghost) < 2e-5 * np.linalg.norm(ghost)
+    assert np.linalg.norm(found - ghost) < 1e-4 * np.linalg.norm(ghost)
     # Tasks of one network share what was seen, those of another do not.
     spec = resnet8_spec(classes=K, dimension=8, width=2)
     assert resnet8_task(task.spec, head=head).seen is task.seen is not resnet8_task(spec, head=head).seen
@@ -289,7 +289,7 @@ def test_a_layer_whose_inputs_have_no_gradient() -> None:
     task, values = task_of(WithConstant)
     found, ghost = summed(task, values, rows(20)), summed(replace(task, single=False), values, rows(20))
     assert held(task)
-    assert np.linalg.norm(found - ghost) < 2e-5 * np.linalg.norm(ghost)
+    assert np.linalg.norm(found - ghost) < 1e-4 * np.linalg.norm(ghost)
 
 
 def test_memory_is_bounded_by_numbers_held(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -298,7 +298,7 @@ def test_memory_is_bounded_by_numbers_held(monkeypatch: pytest.MonkeyPatch) -> N
     few = summed(task, values, rows(7))
     assert [key[2] for key in task.seen] == [3]
     monkeypatch.undo()
-    assert np.linalg.norm(few - summed(task, values, rows(7))) < 2e-5 * np.linalg.norm(few)
+    assert np.linalg.norm(few - summed(task, values, rows(7))) < 1e-4 * np.linalg.norm(few)
 
 
 def test_dropout_goes_the_long_way() -> None:

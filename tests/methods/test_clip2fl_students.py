@@ -241,7 +241,7 @@ def test_a_private_step_clips_each_image_by_itself(taught: Distillation | None) 
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-9)
     # In float32, gradients held one by one, it is the same vector but for that rounding.
     found = clipped_sum(task, tensors, units, max_grad_norm=0.5, device="cpu")
-    assert np.linalg.norm(found - expected) < 1e-5 * np.linalg.norm(expected)
+    assert np.linalg.norm(found - expected) < 1e-4 * np.linalg.norm(expected)
 
 
 def test_one_image_moves_step_and_class_gradients_by_at_most_their_bound(encoder: Encoder) -> None:
