@@ -11,6 +11,7 @@ as a unit's are that unit's alone. That its bits depend on nothing else is looke
 from __future__ import annotations
 
 import functools
+import math
 import threading
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
@@ -94,31 +95,28 @@ def clipped_sum(
         PrivacyError: FS-1234 to FS-1237 and FS-1248 when the module or its loss would break the per-unit bound.
         ModelError: FS-1642 when the module's trainable parameters are not those of ``task.shapes``.
     """
+    records, dimension = units.mask.shape[1], units.dimension
+    held_rows = _held_rows(task, chunk, device)
+    # Before the module is built that is trained: a user's build may hand out one module again and again.
+    alone = held_rows > 0 and len(units) > 0 and _stand_alone(task, parameters, units, rows=held_rows, device=device)
     if isinstance(task, HeadTask):
         module = build_trained(task, parameters, device=device, dtype=torch.float64)
         loss = record_loss(task, device)
     else:
         module = task.build(parameters).to(device, torch.float64)
         loss = task.loss
-    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    check_module(module)
-    if not isinstance(task, HeadTask):
-        check_shapes(trainable, task.shapes)
-    module.train()
-    check_per_unit(module, loss, records=units.mask.shape[1], dimension=units.dimension, device=device)
+    trainable = _checked(task, module, loss, units, device)
     size = sum(parameter.numel() for parameter in trainable)
     if len(units) == 0:
         return np.zeros(size)
-    if isinstance(task, ModuleTask) and task.single and size <= _HELD_PARAMETERS:
-        rows = min(chunk, max(1, _HELD_NUMBERS // size), _HELD_UNITS if device.type == "cpu" else chunk)
-        if _stand_alone(task, parameters, units, rows=rows, device=device):
-            held = _Held(module, loss, trainable, rows=rows)
-            check_gradients(held, records=units.mask.shape[1], dimension=units.dimension, device=device)
-            return held.clipped_sum(units, max_grad_norm=max_grad_norm, device=device)
+    if alone:
+        held = _Held(module, loss, trainable, rows=held_rows)
+        check_gradients(held, records=records, dimension=dimension, device=device)
+        return held.clipped_sum(units, max_grad_norm=max_grad_norm, device=device)
     total = torch.zeros(size, dtype=torch.float64, device=device)
     wrapped = _wrap(module)
     if not isinstance(task, HeadTask):
-        check_norms(wrapped, loss, trainable, records=units.mask.shape[1], dimension=units.dimension, device=device)
+        check_norms(wrapped, loss, trainable, records=records, dimension=dimension, device=device)
     for start in range(0, len(units), chunk):
         part = units.select(slice(start, start + chunk))
         features = torch.from_numpy(part.features).to(device, torch.float64)
@@ -153,14 +151,37 @@ def clipped_sum(
     return np.asarray(total.cpu().numpy(), np.float64)
 
 
+def _checked(
+    task: HeadTask | ModuleTask, module: nn.Module, loss: RecordLoss, units: UnitFeatures, device: torch.device
+) -> list[nn.Parameter]:
+    """The module's trainable parameters, once the guards have let it pass; it is in training mode then."""
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    check_module(module)
+    if not isinstance(task, HeadTask):
+        check_shapes(trainable, task.shapes)
+    module.train()
+    check_per_unit(module, loss, records=units.mask.shape[1], dimension=units.dimension, device=device)
+    return trainable
+
+
+def _held_rows(task: HeadTask | ModuleTask, chunk: int, device: torch.device) -> int:
+    """How many units' gradients may be held at a time; 0 for a task whose are not."""
+    if isinstance(task, HeadTask) or not task.single:
+        return 0
+    size = sum(math.prod(shape) for shape in task.shapes.values())
+    most = _HELD_UNITS if device.type == "cpu" else chunk
+    return min(chunk, most, max(1, _HELD_NUMBERS // max(size, 1))) if size <= _HELD_PARAMETERS else 0
+
+
 def _stand_alone(
-    task: ModuleTask, parameters: Mapping[str, Any], units: UnitFeatures, *, rows: int, device: torch.device
+    task: HeadTask | ModuleTask, parameters: Mapping[str, Any], units: UnitFeatures, *, rows: int, device: torch.device
 ) -> bool:
     """Whether a unit's gradient is the same bits wherever it stands and whatever stands beside it.
 
     A kernel's operations do not depend on the numbers it is given, so two blocks of public noise show it, once for
     each size. Noise is in the parameters too: where some are zero, gradients of others are, and those show nothing.
     """
+    assert isinstance(task, ModuleTask)
     records, dimension = units.mask.shape[1], units.dimension
     key = (records, dimension, rows, device, torch.get_num_threads())
     if key not in task.seen:
@@ -169,9 +190,8 @@ def _stand_alone(
         for name, value in parameters.items():
             start = (value.detach() if isinstance(value, Tensor) else torch.from_numpy(np.array(value))).cpu().double()
             noisy[name] = (start + 0.1 * torch.randn(start.shape, generator=generator, dtype=torch.float64)).numpy()
-        module = task.build(noisy).to(device, torch.float64).train()
-        trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        held = _Held(module, task.loss, trainable, rows=rows)
+        module = task.build(noisy).to(device, torch.float64)
+        held = _Held(module, task.loss, _checked(task, module, task.loss, units, device), rows=rows)
         check_gradients(held, records=records, dimension=dimension, device=device)
         with torch.random.fork_rng(devices=[]):
             task.seen[key] = held.alone(*_probe(records, dimension, device, units=2 * rows))

@@ -305,6 +305,22 @@ def test_a_layer_whose_inputs_have_no_gradient() -> None:
     assert np.linalg.norm(found - ghost) < 1e-4 * np.linalg.norm(ghost)
 
 
+def test_one_module_handed_out_again_and_again_is_trained_at_its_own_parameters() -> None:
+    """The first look puts noise into it and makes it float32."""
+    task, values = task_of(Layers)
+    only = Layers()
+
+    def build(parameters: Any) -> nn.Module:
+        with torch.no_grad():
+            for name, parameter in only.named_parameters():
+                parameter.copy_(torch.as_tensor(parameters[name]))
+        return only
+
+    same, usual = replace(task, build=build), summed(task, values, rows(20))
+    for _ in range(2):
+        assert np.linalg.norm(summed(same, values, rows(20)) - usual) < 1e-4 * np.linalg.norm(usual)
+
+
 def test_memory_is_bounded_by_numbers_held(monkeypatch: pytest.MonkeyPatch) -> None:
     task, values = task_of(Layers)
     monkeypatch.setattr(opacus_engine, "_HELD_NUMBERS", 3 * (D * D + D + D * K + K))
